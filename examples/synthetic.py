@@ -26,7 +26,7 @@ FEATURES = len(SPARSE_NAMES)
 PAIRS = ((0, 25), (4, 22), (9, 17), (13, 20))
 PAIR_DIM = 2
 # Shares of the logit's variance: dense features, rows, interactions.
-VARIANCE = (0.25, 0.5, 0.25)
+VARIANCE = (0.35, 0.5, 0.15)
 # The ranks that drift can hit: this share of each table's rows, the most popular ones.
 POPULAR = 0.1
 

@@ -1,0 +1,91 @@
+"""The command line of train_dlrm.py."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from examples.model import SHARDINGS
+
+# What can be left out of the fused update, in the order in which --compare runs them.
+SKIP_MODES = ("off",)
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments, checked; argparse's exit with a message that names the value for one out of range."""
+    parser = argparse.ArgumentParser(
+        prog="train_dlrm",
+        description="Train TorchRec's DLRM on click logs.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", default="synthetic", help="a Criteo-format .parquet, .tsv or .tsv.gz, or 'synthetic'")
+    data.add_argument("--samples", type=at_least(10), help="samples to read or make (all of a file; 200000 synthetic)")
+    data.add_argument("--train-share", type=share, default=0.8, help="the first so much is trained on, the rest tests")
+    data.add_argument("--rows-per-table", type=at_least(10), default=100_000, help="rows of the largest table")
+    data.add_argument("--drift", type=share, default=0.0, help="synthetic: share of popular rows that change hands")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--embedding-dim", type=dim, default=16, help="a multiple of 4")
+    model.add_argument("--dense-mlp", type=sizes, default="64,32", help="hidden widths below the interaction")
+    model.add_argument("--over-mlp", type=sizes, default="64,32", help="hidden widths above the interaction")
+    model.add_argument("--sharding", choices=sorted(SHARDINGS), default="auto", help="how tables may be sharded")
+
+    run = parser.add_argument_group("training")
+    run.add_argument("--batch-size", type=at_least(1), default=128, help="samples a step and rank")
+    run.add_argument("--learning-rate", type=positive, default=0.03, help="of the tables (row-wise Adagrad)")
+    run.add_argument("--dense-learning-rate", type=positive, help="of the MLPs (Adagrad); default: as the tables")
+    run.add_argument("--epochs", type=at_least(1), default=1)
+    run.add_argument("--evaluations", type=at_least(1), default=4, help="tests during the run, the last at its end")
+    run.add_argument("--seed", type=at_least(0), default=0, help="of the weights, the order, and synthetic data")
+    run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    run.add_argument("--skip", choices=SKIP_MODES, default="off", help="which updates to leave out")
+    run.add_argument("--compare", action="store_true", help="run every --skip mode, one after the other")
+    run.add_argument("--json", type=Path, metavar="FILE", help="write the results there (with --compare: by mode)")
+    return parser.parse_args(argv)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: whole numbers from `least` on."""
+
+    def convert(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"is {value}; give {least} or more")
+        return value
+
+    convert.__name__ = "whole number"  # argparse names the type by this when int() fails
+    return convert
+
+
+def positive(text: str) -> float:
+    """An argparse type: finite numbers above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"is {text}; give a number above 0")
+    return value
+
+
+def share(text: str) -> float:
+    """An argparse type: numbers from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"is {text}; give a number from 0 to 1")
+    return value
+
+
+def dim(text: str) -> int:
+    """An argparse type: the widths that FBGEMM has."""
+    value = int(text)
+    if value < 4 or value % 4:
+        raise argparse.ArgumentTypeError(f"is {value}; give a multiple of 4 (FBGEMM's tables have no other widths)")
+    return value
+
+
+def sizes(text: str) -> list[int]:
+    """An argparse type: layer widths, "64,32"."""
+    values = [int(part) for part in text.split(",") if part]
+    if any(value < 1 for value in values):
+        raise argparse.ArgumentTypeError(f"is {text}; give widths of 1 or more, such as 64,32")
+    return values

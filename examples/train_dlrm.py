@@ -1,0 +1,221 @@
+"""Trains TorchRec's DLRM on click logs, in one process or under torchrun.
+
+    python examples/train_dlrm.py                                    # embedded synthetic data
+    python examples/train_dlrm.py --data day_0.tsv.gz --json run.json
+    torchrun --nproc-per-node 2 examples/train_dlrm.py
+    python examples/train_dlrm.py --compare                          # every --skip mode, side by side
+
+Stock TorchRec: DistributedModelParallel after the planner's plan, fused row-wise Adagrad, TrainPipelineSparseDist.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+if __package__ in (None, ""):
+    # Run as a file, Python puts examples/ on the path and not the repository, which `import examples` needs.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torchrec.datasets.utils import Batch
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from tqdm import tqdm
+
+from examples.arguments import SKIP_MODES, parse_arguments
+from examples.metrics import Evaluation
+from examples.model import build_model, describe_plan
+from examples.runtime import pick_device, process_group, quiet
+from examples.samples import Samples, batches, count_batches
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and test samples, and what the best possible model would get on the test (synthetic data only)."""
+
+    train: Samples
+    test: Samples
+    best: dict[str, float] | None
+
+
+def load_data(args: Namespace) -> Data:
+    """The samples that the arguments ask for, split in their order: the test follows the training in time."""
+    if args.data == "synthetic":
+        from examples.synthetic import make_synthetic
+
+        trace = make_synthetic(args.samples or 200_000, args.rows_per_table, seed=args.seed, drift=args.drift)
+        samples = trace.samples
+    else:
+        from examples.criteo import load_criteo  # needs pyarrow, which the synthetic data does without
+
+        trace = None
+        samples = load_criteo(args.data, args.rows_per_table, args.samples)
+    n_train = round(len(samples) * args.train_share)
+    train, test = samples.split(n_train)
+    best = {"auc": trace.bayes_auc(n_train), "log_loss": trace.bayes_log_loss(n_train)} if trace else None
+    return Data(train, test, best)
+
+
+def train(args: Namespace, data: Data | None = None) -> dict[str, Any]:
+    """One complete training: builds the model, trains it, tests it. Needs a default process group.
+
+    The same arguments give the same model and the same order of samples, so runs that differ in one of them compare.
+    `data` saves loading it again.
+
+    Returns what the run was and did, ready for JSON; every rank the same metrics, and its own times.
+    """
+    data = data or load_data(args)
+    device = pick_device(args.device)
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    model, optimizer = build_model(
+        data.train.table_rows,
+        embedding_dim=args.embedding_dim,
+        dense_sizes=args.dense_mlp,
+        over_sizes=args.over_mlp,
+        learning_rate=args.learning_rate,
+        dense_learning_rate=args.dense_learning_rate or args.learning_rate,
+        batch_size=args.batch_size,
+        sharding=args.sharding,
+        seed=args.seed,
+        device=device,
+    )
+    # ---- Slipstream attaches here: slip = Slipstream(model, config=...) ----
+
+    epoch_steps = count_batches(len(data.train), args.batch_size, world_size=world_size, drop_last=True)
+    steps = epoch_steps * args.epochs
+    # The pipeline reads ahead, so it gets all epochs as one stream and is filled and drained once.
+    stream: Iterator[Batch] = (
+        batch
+        for epoch in range(args.epochs)
+        for batch in batches(data.train, args.batch_size, seed=args.seed, epoch=epoch, rank=rank, world_size=world_size)
+    )
+    pipeline = TrainPipelineSparseDist(model, optimizer, device)
+    test_at = {round(steps * i / args.evaluations) for i in range(1, args.evaluations + 1)}
+    history: list[dict[str, float]] = []
+    times: list[float] = []
+
+    model.train()
+    with tqdm(total=steps, unit="step", desc=f"skip {args.skip}", disable=None if rank == 0 else True) as bar:
+        for step in range(1, steps + 1):
+            start = time.perf_counter()
+            loss, _, _ = pipeline.progress(stream)
+            # ---- and steps here: slip.step() ----
+            if device.type == "cuda" and step % 50 == 0:
+                torch.cuda.synchronize()  # now and then, so that host times add up to the device's
+            times.append(time.perf_counter() - start)
+            bar.update()
+            if step % 50 == 0:
+                bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
+            if step in test_at:
+                test = evaluate(pipeline, data.test, args.batch_size, device)
+                history.append({"step": step, "samples_seen": step * args.batch_size * world_size, **test})
+                if rank == 0:
+                    bar.write(_line(f"skip {args.skip}, step {step} of {steps}", test))
+
+    # Warm-up (allocators, the pipeline's first fill) is no part of a step's time: leave out the first tenth.
+    settled = sorted(times[len(times) // 10 :])
+    return {
+        "skip": args.skip,
+        "data": str(args.data),
+        "seed": args.seed,
+        "device": str(device.type),
+        "world_size": world_size,
+        "train_samples": len(data.train),
+        "test_samples": len(data.test),
+        "batch_size": args.batch_size,
+        "embedding_dim": args.embedding_dim,
+        "rows": sum(data.train.table_rows),
+        "steps": steps,
+        "test": history[-1],
+        "best_possible": data.best,
+        "history": history,
+        "seconds": sum(times),
+        "samples_per_second": steps * args.batch_size * world_size / sum(times),
+        "step_ms": {
+            "p20": 1e3 * settled[len(settled) // 5],
+            "median": 1e3 * median(settled),
+            "p80": 1e3 * settled[len(settled) * 4 // 5],
+        },
+        "plan": describe_plan(model),
+    }
+
+
+def evaluate(
+    pipeline: TrainPipelineSparseDist, samples: Samples, batch_size: int, device: torch.device
+) -> dict[str, float]:
+    """Test metrics over all ranks (see Evaluation.compute), in the middle of training. Collective."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    # The pipeline has rewritten the model's forward to take its read-ahead batches; those wait while the model, put
+    # back, runs over the test samples.
+    model = pipeline.detach()
+    model.eval()
+    evaluation = Evaluation(device)
+    with torch.no_grad():
+        # Four times the batch: without a backward there is room, and it is quicker.
+        for batch in batches(samples, 4 * batch_size, shuffle=False, drop_last=False, rank=rank, world_size=world_size):
+            _, (_, logits, labels) = model(batch.to(device))
+            evaluation.update(logits, labels)
+    model.train()
+    pipeline.attach(model)
+    return evaluation.compute()
+
+
+def _line(head: str, test: dict[str, float]) -> str:
+    return (
+        f"{head}: test AUC {test['auc']:.4f}, normalised entropy {test['normalized_entropy']:.4f}, "
+        f"log-loss {test['log_loss']:.4f}"
+    )
+
+
+def show(runs: dict[str, dict[str, Any]]) -> str:
+    """The runs side by side, a column each."""
+    first = next(iter(runs.values()))
+    lines = {
+        "test AUC": lambda run: f"{run['test']['auc']:.4f}",
+        "normalised entropy": lambda run: f"{run['test']['normalized_entropy']:.4f}",
+        "log-loss": lambda run: f"{run['test']['log_loss']:.4f}",
+        "step, median ms": lambda run: f"{run['step_ms']['median']:.2f}",
+        "samples a second": lambda run: f"{run['samples_per_second']:,.0f}",
+        "training, seconds": lambda run: f"{run['seconds']:.1f}",
+    }
+    out = [
+        f"{first['train_samples']:,} training and {first['test_samples']:,} test samples of {first['data']}, "
+        f"{first['rows']:,} rows x {first['embedding_dim']}, {first['world_size']} rank(s) on {first['device']}",
+        "",
+        f"{'':22}" + "".join(f"{'skip ' + mode:>14}" for mode in runs),
+    ]
+    out += [f"{name:22}" + "".join(f"{value(run):>14}" for run in runs.values()) for name, value in lines.items()]
+    if first["best_possible"]:
+        best = first["best_possible"]
+        out += ["", f"best possible on this data: AUC {best['auc']:.4f}, log-loss {best['log_loss']:.4f}"]
+    return "\n".join(out)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what the command line asks for; bad arguments and bad data end it with a message, before training."""
+    args = parse_arguments(argv)
+    quiet()
+    try:
+        device = pick_device(args.device)
+        data = load_data(args)
+    except ValueError as error:
+        raise SystemExit(f"train_dlrm: {error}") from error
+    with process_group(device) as (rank, _):
+        modes = SKIP_MODES if args.compare else (args.skip,)
+        runs = {mode: train(Namespace(**{**vars(args), "skip": mode}), data) for mode in modes}
+        if rank == 0:
+            print(show(runs))
+            if args.json:
+                result = runs if args.compare else runs[args.skip]
+                args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
