@@ -1,0 +1,25 @@
+"""What can be wrong with what a user gave us. Every message names the value and the remedy."""
+
+from __future__ import annotations
+
+
+class SlipstreamError(ValueError):
+    """Base of all errors raised on purpose by this package."""
+
+
+class ConfigError(SlipstreamError):
+    """A configuration value is out of its range."""
+
+
+class AttachError(SlipstreamError):
+    """The model cannot be attached to (or is attached already); nothing was changed."""
+
+
+class StateError(SlipstreamError):
+    """A saved state does not belong to this model or this configuration; nothing was loaded."""
+
+
+
+
+class LookupRangeError(SlipstreamError):
+    """A look-up names a row that its table does not have; nothing was updated."""

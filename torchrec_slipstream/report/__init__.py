@@ -1,0 +1,1 @@
+"""Numbers of a run, for people and for programs."""

@@ -1,0 +1,102 @@
+"""The report of a session."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchrec_slipstream.staleness.tracker import Decision
+
+
+@dataclass(frozen=True)
+class TableReport:
+    """One logical table, over all its shards and ranks. Column shards each count the rows and look-ups they see."""
+
+    rows: int
+    stale_rows: int
+    touched_rows: int
+    lookups: int
+    skipped: int
+
+    def __add__(self, other: TableReport) -> TableReport:
+        return TableReport(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
+
+    @property
+    def skipped_share(self) -> float:
+        """Share of the look-ups whose update was left out, from attach on."""
+        return self.skipped / max(1, self.lookups)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a session did. ``str()`` is a table for people, :meth:`to_dict` the same for programs.
+
+    ``seconds`` is wall time since attach, ``tracker_seconds`` the part of it spent in decisions (snapshots, counts,
+    search and collectives; on this rank).
+    """
+
+    tables: dict[str, TableReport]
+    steps: int
+    seconds: float
+    tracker_seconds: float
+    target_share: float
+    decisions: list[Decision] = field(repr=False)
+
+    @property
+    def total(self) -> TableReport:
+        """All tables together."""
+        return sum(self.tables.values(), TableReport(0, 0, 0, 0, 0))
+
+    @property
+    def measured_share(self) -> float:
+        """Share of the look-ups left out since skipping began, as of the last decision; compare target_share."""
+        return self.decisions[-1].measured_share if self.decisions else 0.0
+
+    @property
+    def refreeze_rate(self) -> float | None:
+        """Of the rows that were thawed as a whole, the share found stale again at the next decision.
+
+        None where none was thawed (rows under a duty cycle are live now and then without being thawed as a whole).
+        """
+        thawed = sum(d.thawed_rows for d in self.decisions[:-1])
+        refrozen = sum(d.refrozen_rows for d in self.decisions[1:])
+        return refrozen / thawed if thawed else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, fit for JSON."""
+        total = self.total
+        return {
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "tracker_seconds": self.tracker_seconds,
+            "tracker_share": self.tracker_seconds / max(self.seconds, 1e-9),
+            "target_share": self.target_share,
+            "measured_share": self.measured_share,
+            "skipped_share": total.skipped_share,
+            "refreeze_rate": self.refreeze_rate,
+            "tables": {name: asdict(t) | {"skipped_share": t.skipped_share} for name, t in self.tables.items()},
+            "decisions": [asdict(d) for d in self.decisions],
+        }
+
+    def __str__(self) -> str:
+        width = max([len(name) for name in self.tables] + [len("all tables")])
+        head = f"{'table':<{width}}  {'rows':>11}  {'touched':>11}  {'stale':>11}  {'look-ups':>13}  {'skipped':>8}"
+        lines = [head, "-" * len(head)]
+        for name, t in [*self.tables.items(), ("all tables", self.total)]:
+            lines.append(
+                f"{name:<{width}}  {t.rows:>11,}  {t.touched_rows:>11,}  {t.stale_rows:>11,}  "
+                f"{t.lookups:>13,}  {t.skipped_share:>8.1%}"
+            )
+        lines.append("")
+        lines.append(
+            f"{self.steps:,} steps; since skipping began {self.measured_share:.1%} of look-ups had their update left "
+            f"out (target {self.target_share:.0%})"
+        )
+        if self.refreeze_rate is not None:
+            lines.append(f"of the rows thawed, {self.refreeze_rate:.0%} froze again at the next decision")
+        lines.append(
+            f"tracker: {self.tracker_seconds:.2f} s of {self.seconds:.2f} s "
+            f"({self.tracker_seconds / max(self.seconds, 1e-9):.1%}), {len(self.decisions)} decisions"
+        )
+        return "\n".join(lines)

@@ -1,0 +1,154 @@
+"""The session: attaches the rooms to a model, follows the training step by step, and reports."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from torchrec_slipstream.config import SlipstreamConfig
+from torchrec_slipstream.errors import AttachError, StateError
+from torchrec_slipstream.report.report import Report, TableReport
+from torchrec_slipstream.staleness.tracker import StalenessTracker
+from torchrec_slipstream.tbe import UpdateFilter, find_tbes
+
+STATE_VERSION = 1
+
+
+class Slipstream:
+    """Leaves out the fused updates of rows that have stopped moving, in a model that is otherwise stock.
+
+    Args:
+        model: a ``DistributedModelParallel`` model, or any module tree that contains FBGEMM TBEs. Several embedding
+            collections are fine. Its parameters, state_dict keys and fused optimizer stay exactly TorchRec's.
+        config: the knobs; the defaults leave out half of the look-ups' updates after 100 steps.
+        process_group: whose ranks agree on what is stale; default: the model's own if it is a
+            ``DistributedModelParallel``, else the default group, else this process alone. All its ranks must
+            attach, and call :meth:`step`, alike.
+
+    Raises:
+        AttachError: the model has no TBE, or one that cannot be filtered, or is attached already. Nothing changed.
+
+    Example::
+
+        model = DistributedModelParallel(model, ...)
+        slip = Slipstream(model)
+        for _ in range(steps):
+            pipeline.progress(batches)
+            slip.step()
+        print(slip.report())
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SlipstreamConfig | None = None,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.config = config if config is not None else SlipstreamConfig()
+        if not isinstance(self.config, SlipstreamConfig):
+            raise AttachError(f"config must be a SlipstreamConfig, not {type(config).__name__}")
+        staleness = self.config.staleness
+        found = find_tbes(model, frozenset(staleness.exclude_tables))
+        self._group = _group_of(model, process_group)
+        self._filters = [UpdateFilter(one) for one in found]
+        self._tracker = StalenessTracker(self._filters, staleness, self._total)
+        self._began = time.perf_counter()
+        self._attached = True
+        for one in self._filters:
+            one.attach()
+
+    def step(self) -> None:
+        """Tell the session that one training step (forward, backward and update) is over.
+
+        Raises:
+            AttachError: the session was detached.
+        """
+        if not self._attached:
+            raise AttachError("this session was detached; attach a new Slipstream to go on")
+        self._tracker.step()
+
+    def detach(self) -> None:
+        """Make the model stock again: from the next forward on, every row is updated. May be called twice."""
+        for one in self._filters:
+            one.detach()
+        self._attached = False
+
+    def report(self) -> Report:
+        """What happened so far, over all ranks (a collective call: every rank must make it)."""
+        tracker = self._tracker
+        tables: dict[str, TableReport] = {}
+        for one in self._filters:
+            lookups, skipped = one.lookups.tolist(), one.skipped.tolist()
+            stale = (one.patterns != 255).cpu()
+            for i, shard in enumerate(one.shards):
+                features = [f for f, table in enumerate(one.feature_table) if table == i]
+                rows = slice(shard.row_begin, shard.row_begin + shard.rows)
+                mine = TableReport(
+                    rows=shard.rows,
+                    stale_rows=int(stale[rows].sum()),
+                    touched_rows=int((one.touches[rows] > 0).sum()),
+                    lookups=sum(lookups[f] for f in features),
+                    skipped=sum(skipped[f] for f in features),
+                )
+                name = f"{shard.collection}.{shard.table}" if shard.collection else shard.table
+                tables[name] = tables[name] + mine if name in tables else mine
+        tables = self._sum_tables(tables)
+        elapsed = time.perf_counter() - self._began
+        return Report(
+            tables=dict(sorted(tables.items())),
+            steps=tracker.steps,
+            seconds=elapsed,
+            tracker_seconds=tracker.seconds,
+            target_share=self.config.staleness.target_share,
+            decisions=list(tracker.decisions),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides the model and its optimizers. Tensors only of this rank's shards.
+
+        Keys that hold tensors name their shard, so every rank's are distinct: it can be saved a rank at a time or
+        with ``torch.distributed.checkpoint``. A resumed run then equals an uninterrupted one bit for bit.
+        """
+        return {"version": STATE_VERSION, "staleness": self._tracker.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`'s state, after the model's own is loaded.
+
+        Raises:
+            StateError: it belongs to another version, model, sharding or configuration. Nothing was changed.
+        """
+        if not isinstance(state, dict) or state.get("version") != STATE_VERSION or "staleness" not in state:
+            version = state.get("version") if isinstance(state, dict) else None
+            raise StateError(f"not a Slipstream state of version {STATE_VERSION} (version={version!r})")
+        self._tracker.load_state_dict(state["staleness"])
+
+    # ------------------------------------------------------------------------------------------- over ranks
+
+    def _total(self, values: Tensor) -> Tensor:
+        if self._group is not None and dist.get_world_size(self._group) > 1:
+            dist.all_reduce(values, group=self._group)
+        return values
+
+    def _sum_tables(self, tables: dict[str, TableReport]) -> dict[str, TableReport]:
+        if self._group is None or dist.get_world_size(self._group) == 1:
+            return tables
+        gathered: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(gathered, tables, group=self._group)
+        summed: dict[str, TableReport] = {}
+        for part in gathered:
+            for name, table in part.items():
+                summed[name] = summed[name] + table if name in summed else table
+        return summed
+
+
+def _group_of(model: nn.Module, given: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    if given is not None:
+        return given
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    return model._env.process_group if hasattr(model, "_env") else dist.group.WORLD
+

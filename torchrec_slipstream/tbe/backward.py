@@ -1,0 +1,170 @@
+"""What the update filter puts in the way of FBGEMM's fused backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchrec_slipstream.staleness.compaction import Compaction
+from torchrec_slipstream.tbe.finding import TBE
+
+class SavedLookups:
+    """Hooks that let the fused backward unpack the live look-ups only.
+
+    A saved tensor is one of ours if it is the same memory, shape and dtype as what the TBE handed to its C++
+    function: by size alone, ``indices`` could not be told from a weight table.
+    """
+
+    def __init__(self, tbe: TBE, weights: Tensor | None) -> None:
+        self._tbe = tbe
+        self._weights = weights
+        self._met: set[str] = set()
+        self.compaction: Compaction | None = None
+
+    def pack(self, tensor: Tensor) -> Tensor | tuple[str, Tensor]:
+        tbe = self._tbe
+        for name, ours in (
+            ("offsets", tbe._offsets),
+            ("indices", tbe._indices),
+            ("weights", self._weights),
+            ("lxu_cache_locations", tbe.lxu_cache_locations),
+        ):
+            if ours is not None and ours.numel() > 0 and _same_memory(tensor, ours):
+                self._met.add(name)
+                return name, tensor
+        return tensor
+
+    def unpack(self, packed: Tensor | tuple[str, Tensor]) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        name, tensor = packed
+        assert self.compaction is not None  # set right after the forward, before any backward can run
+        return self.compaction.offsets() if name == "offsets" else self.compaction.take(tensor)
+
+    def check(self) -> None:
+        """Fail in the forward, when nothing has changed yet, if FBGEMM did not save what we cut down."""
+        needed = {"offsets", "indices"} | ({"weights"} if self._weights is not None else set())
+        if self._tbe.lxu_cache_locations.numel() > 0:
+            needed.add("lxu_cache_locations")
+        if missing := needed - self._met:
+            raise RuntimeError(
+                f"this FBGEMM saves {sorted(missing)} for its backward in a way that the update filter does not "
+                "know, so stale updates cannot be left out. Call detach() to train on, and report the version."
+            )
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.dtype == other.dtype
+
+
+def prehook(output: Tensor, mend: Callable[[Tensor], Tensor]) -> None:
+    """Run ``mend`` on the gradient that enters the node which made ``output``, and on no other's."""
+    assert output.grad_fn is not None
+    output.grad_fn.register_prehook(lambda gradients: (mend(gradients[0]), *gradients[1:]))
+
+
+def scale_vbe(
+    gradient: Tensor,
+    factor: Tensor,
+    batch_sizes: list[list[int]],
+    dims: Tensor,
+    output_offsets: Tensor | None,
+) -> Tensor:
+    """Multiply the gradient of every bag of a variable batch (1-D, rank-major) by the bag's factor.
+
+    The bags of ``factor`` are feature-major. ``output_offsets`` (``[ranks, features]``) says where each block of
+    bags begins when several TBEs share one output; without it the blocks lie back to back.
+    """
+    scaled = gradient.clone()
+    widths = dims.tolist()
+    starts = output_offsets.tolist() if output_offsets is not None else None
+    blocks = factor.split([size for by_rank in batch_sizes for size in by_rank])
+    ranks, at = len(batch_sizes[0]), 0
+    for rank in range(ranks):
+        for feature, width in enumerate(widths):
+            begin = at if starts is None else starts[rank][feature]
+            block = blocks[feature * ranks + rank]
+            scaled[begin : begin + block.numel() * width].view(-1, width).mul_(block[:, None])
+            at += block.numel() * width
+    return scaled
+
+
+class WeightGradient(torch.autograd.Function):
+    """Identity on a TBE's output that gives per-sample weights their gradient over *all* look-ups.
+
+    Runs before the TBE's own backward, so it sees the rows as the forward did.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, weights: Tensor, gradient: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.gradient = gradient
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        return grad_output, ctx.gradient(grad_output), None
+
+
+def weight_gradient(
+    tbe: TBE,
+    feature_requires_grad: Tensor | None,
+    batch_sizes: list[list[int]] | None,
+    more: dict[str, Any],
+) -> Callable[[Tensor], Tensor]:
+    """FBGEMM's own gradient of the per-sample weights for the forward just run, as its stock backward calls it."""
+    indices, offsets, locations = tbe._indices, tbe._offsets, tbe.lxu_cache_locations
+    undefined = torch.empty(0, dtype=torch.int32, device=indices.device)
+    wanted = undefined if feature_requires_grad is None else feature_requires_grad
+    if feature_requires_grad is None and tbe.use_cpu:
+        wanted = torch.ones(tbe.D_offsets.numel() - 1, dtype=torch.int32)
+    variable: tuple[Any, ...] = ()
+    if batch_sizes is not None:
+        vbe = tbe._generate_vbe_metadata(offsets, batch_sizes, more.get("vbe_output"), more.get("vbe_output_offsets"))
+        row_output_offsets, bag_map = torch.ops.fbgemm.generate_vbe_metadata(
+            vbe.B_offsets,
+            vbe.B_offsets_rank_per_feature,
+            vbe.output_offsets_feature_rank,
+            tbe.D_offsets,
+            -1,
+            False,
+            vbe.max_B_feature_rank,
+            tbe.info_B_num_bits,
+            offsets.numel() - 1,
+            more.get("vbe_output_offsets"),
+        )
+        variable = (
+            row_output_offsets,
+            bag_map,
+            tbe.info_B_num_bits,
+            tbe.info_B_mask,
+            vbe.B_offsets_rank_per_feature,
+            vbe.max_B,
+        )
+    name = f"split_embedding_codegen_grad_indice_weights{'_vbe' if variable else ''}_pt2_wrapper"
+    operator = getattr(torch.ops.fbgemm, name)
+
+    def gradient(grad_output: Tensor) -> Tensor:
+        arguments = tbe.optimizer_args
+        if arguments.gradient_clipping:
+            grad_output = grad_output.clamp(-arguments.max_gradient, arguments.max_gradient)
+        return operator(
+            grad_output,
+            tbe.weights_host,
+            tbe.weights_dev,
+            tbe.weights_uvm,
+            tbe.lxu_cache_weights,
+            tbe.weights_placements,
+            tbe.weights_offsets,
+            tbe.D_offsets,
+            tbe.max_D,
+            indices,
+            offsets,
+            locations,
+            wanted,
+            *variable,
+        )
+
+    return gradient

@@ -1,0 +1,186 @@
+"""Find the TBEs of a model, and say of which the updates can be left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    DenseTableBatchedEmbeddingBagsCodegen,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
+from torch import nn
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.embedding_kernel import BaseEmbedding
+
+from torchrec_slipstream.errors import AttachError
+
+TBE = SplitTableBatchedEmbeddingBagsCodegen
+
+_WHY_REFUSED = {
+    EmbOptimType.NONE: "it returns gradients instead of updating rows, so there is no update to leave out",
+    EmbOptimType.ENSEMBLE_ROWWISE_ADAGRAD: "it swaps weights with its running average, which is no movement",
+    EmbOptimType.EMAINPLACE_ROWWISE_ADAGRAD: "it moves rows towards their average outside of the update",
+}
+
+
+class Attached:
+    """Marks the class of a TBE that a session is attached to."""
+
+
+@dataclass(frozen=True)
+class TableShard:
+    """One table's part in one TBE on this rank.
+
+    ``rows`` and ``dim`` are local; ``row_offset`` and ``col_offset`` place the shard in the logical table of
+    ``table_rows`` x ``table_dim``. Its rows are ``[row_begin, row_begin + rows)`` of the TBE's row space.
+    """
+
+    table: str
+    collection: str
+    rows: int
+    dim: int
+    row_begin: int
+    row_offset: int = 0
+    col_offset: int = 0
+    table_rows: int = 0
+    table_dim: int = 0
+
+    @property
+    def key(self) -> str:
+        """Name that is unique in the whole model and the same in every run with the same sharding."""
+        return f"{self.collection}.{self.table}@{self.row_offset}:{self.col_offset}"
+
+
+@dataclass(frozen=True)
+class FoundTbe:
+    """A TBE of the model with the shards that it holds, in its own order of tables."""
+
+    tbe: TBE
+    shards: tuple[TableShard, ...]
+
+
+
+
+def find_tbes(model: nn.Module, exclude_tables: frozenset[str] = frozenset()) -> list[FoundTbe]:
+    """All TBEs below ``model`` whose updates can be filtered, in a stable order. Changes nothing.
+
+    ``model`` is a DistributedModelParallel or any module tree that contains TBEs. TBEs of which every table is in
+    ``exclude_tables`` are left out.
+
+    Raises:
+        AttachError: no TBE at all; a table without a fused update (data parallel, dense, key-value); an optimizer
+            for which a skipped update would be wrong; a TBE that is attached already; a name in
+            ``exclude_tables`` that is not in the model.
+    """
+    found: list[FoundTbe] = []
+    problems: list[str] = []
+    names: set[str] = set()
+    owned: set[int] = set()
+    root = model.module if isinstance(model, DistributedModelParallel) else model
+    for path, module in _walk(root, "", set()):
+        if isinstance(module, BaseEmbedding) and hasattr(module, "emb_module"):
+            tbe, shards = module.emb_module, _kernel_shards(module, path)
+            owned.add(id(tbe))
+        elif isinstance(module, (TBE, DenseTableBatchedEmbeddingBagsCodegen)) and id(module) not in owned:
+            tbe, shards = module, _bare_shards(module, path)
+        else:
+            continue
+        tables = {shard.table for shard in shards}
+        names |= tables
+        if tables <= exclude_tables:
+            continue
+        why = _why_not(tbe)
+        if why is not None:
+            problems.append(f"table(s) {', '.join(sorted(tables))}: {why}")
+        else:
+            found.append(FoundTbe(tbe, shards))
+    if unknown := exclude_tables - names:
+        problems.append(
+            f"exclude_tables names {sorted(unknown)}, which the model does not have; it has {sorted(names)}"
+        )
+    if problems:
+        raise AttachError(
+            "cannot attach to this model:\n  "
+            + "\n  ".join(problems)
+            + "\nShard such tables with a fused compute kernel, or leave them alone with exclude_tables=(...)."
+        )
+    if not found and not names:
+        raise AttachError(
+            f"{type(model).__name__} contains no table-batched embedding. Shard its embedding collections first "
+            "(DistributedModelParallel with a fused compute kernel), then attach."
+        )
+    if len({shard.key for one in found for shard in one.shards}) < sum(len(one.shards) for one in found):
+        raise AttachError("two TBEs hold the same shard of one table; give the tables different names")
+    return found
+
+
+def _walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    """``named_modules`` which also looks into plain lists: sharded modules keep their look-ups in one."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    yield path, module
+    hidden = [
+        (name, child)
+        for name, value in vars(module).items()
+        if isinstance(value, (list, tuple))
+        for child in value
+        if isinstance(child, nn.Module)
+    ]
+    for name, child in [*module.named_children(), *hidden]:
+        yield from _walk(child, f"{path}.{name}" if path else name, seen)
+
+
+def _kernel_shards(kernel: BaseEmbedding, path: str) -> tuple[TableShard, ...]:
+    """Shards of a TorchRec kernel (``BatchedFusedEmbeddingBag`` and its kin), from its sharding metadata."""
+    shards, begin = [], 0
+    for table in kernel.config.embedding_tables:
+        at = table.local_metadata.shard_offsets if table.local_metadata is not None else []
+        shards.append(
+            TableShard(
+                table=table.name,
+                collection=path.split("._lookups")[0].split("._emb_modules")[0],
+                rows=table.local_rows,
+                dim=table.local_cols,
+                row_begin=begin,
+                row_offset=at[0] if len(at) > 0 else 0,
+                col_offset=at[1] if len(at) > 1 else 0,
+                table_rows=table.num_embeddings,
+                table_dim=table.embedding_dim,
+            )
+        )
+        begin += table.local_rows
+    return tuple(shards)
+
+
+def _bare_shards(tbe: nn.Module, path: str) -> tuple[TableShard, ...]:
+    """Shards of a TBE that somebody built by hand: its tables are whole."""
+    specs = [(spec[0], spec[1]) for spec in getattr(tbe, "embedding_specs", [])]
+    names = getattr(tbe, "table_names", None) or [f"table_{i}" for i in range(len(specs))]
+    shards, begin = [], 0
+    for name, (rows, dim) in zip(names, specs, strict=True):
+        shards.append(TableShard(name, path, rows, dim, begin, table_rows=rows, table_dim=dim))
+        begin += rows
+    return tuple(shards)
+
+
+def _why_not(tbe: nn.Module) -> str | None:
+    """Why this TBE's updates cannot be filtered, or None if they can."""
+    if isinstance(tbe, Attached):
+        return "a Slipstream session is attached already; detach() it first"
+    if isinstance(tbe, DenseTableBatchedEmbeddingBagsCodegen):
+        return "it is dense or data parallel, its update is not fused into FBGEMM's backward"
+    if not isinstance(tbe, TBE):
+        return f"{type(tbe).__name__} is not FBGEMM's SplitTableBatchedEmbeddingBagsCodegen"
+    if (why := _WHY_REFUSED.get(tbe.optimizer)) is not None:
+        return f"optimizer {tbe.optimizer} cannot be filtered: {why}"
+    # Both keep a count of every row's updates and decay rows by it: a popular row left out would look rare.
+    if tbe._used_rowwise_adagrad_with_counter:
+        return "counter-based regularisation counts updates a row; left-out ones would make a row look rare"
+    if tbe._used_rowwise_adagrad_with_global_weight_decay:
+        return "global weight decay moves rows that are not updated, so a stale row would still move"
+    return None
+
+
