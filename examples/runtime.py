@@ -32,6 +32,11 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def world_size() -> int:
+    """Ranks that will take part, known before they meet."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[tuple[int, int]]:
     """The default process group for the time of a `with`, as (rank, world size): nccl on CUDA, gloo on a CPU.

@@ -90,13 +90,22 @@ class Samples:
         return Batch(dense_features=self.dense[index], sparse_features=kjt, labels=self.labels[index])
 
 
-def count_batches(n: int, batch_size: int, *, world_size: int, drop_last: bool) -> int:
-    """How many batches every rank gets from `batches` for `n` samples."""
+def count_batches(n: int, batch_size: int, *, world_size: int = 1, drop_last: bool = True) -> int:
+    """How many batches every rank gets from `batches` for `n` samples, 1 or more.
+
+    Raises ValueError for sizes below 1, and for too few samples to make one batch on every rank.
+    """
     if batch_size < 1 or world_size < 1:
         raise ValueError(f"batch_size is {batch_size} and world_size {world_size}; give 1 or more for both")
     whole, rest = divmod(n, batch_size * world_size)
     # Too few left over to give each rank one: they ride with the batch before (see batches).
-    return whole + int(not drop_last and (rest >= world_size or (whole == 0 and rest > 0)))
+    total = whole + int(not drop_last and rest >= world_size)
+    if total == 0:
+        raise ValueError(
+            f"{n} samples make no batch of {batch_size} on each of {world_size} ranks; give more samples or a smaller "
+            "batch_size" + (", or drop_last=False" if drop_last else "")
+        )
+    return total
 
 
 def batches(
@@ -122,17 +131,11 @@ def batches(
         batch_size: samples a batch and rank.
         drop_last: leave out the samples that do not fill a global batch.
 
-    Raises ValueError at once (not at the first batch) for sizes below 1, a rank outside [0, world_size), and where
-    there are too few samples for one batch on every rank.
+    Raises ValueError at once (not at the first batch) for a rank outside [0, world_size), and as `count_batches` does.
     """
     total = count_batches(len(samples), batch_size, world_size=world_size, drop_last=drop_last)
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank}, of world_size {world_size}; give 0 to {world_size - 1}")
-    if total == 0 or len(samples) < world_size:
-        raise ValueError(
-            f"{len(samples)} samples make no batch of {batch_size} on each of {world_size} ranks; give more samples or "
-            "a smaller batch_size" + (", or drop_last=False" if drop_last else "")
-        )
     return _generate(samples, batch_size, seed, epoch, shuffle, rank, world_size, drop_last, total)
 
 

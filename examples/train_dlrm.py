@@ -33,6 +33,7 @@ from examples.arguments import SKIP_MODES, parse_arguments
 from examples.metrics import Evaluation
 from examples.model import build_model, describe_plan
 from examples.runtime import pick_device, process_group, quiet
+from examples.runtime import world_size as ranks
 from examples.samples import Samples, batches, count_batches
 
 
@@ -46,7 +47,10 @@ class Data:
 
 
 def load_data(args: Namespace) -> Data:
-    """The samples that the arguments ask for, split in their order: the test follows the training in time."""
+    """The samples that the arguments ask for, split in their order: the test follows the training in time.
+
+    Raises ValueError for files and sizes that cannot be trained on.
+    """
     if args.data == "synthetic":
         from examples.synthetic import make_synthetic
 
@@ -59,6 +63,9 @@ def load_data(args: Namespace) -> Data:
         samples = load_criteo(args.data, args.rows_per_table, args.samples)
     n_train = round(len(samples) * args.train_share)
     train, test = samples.split(n_train)
+    # Said here, before a model is built: too few for one batch on every rank.
+    count_batches(len(train), args.batch_size, world_size=ranks())
+    count_batches(len(test), args.batch_size, world_size=ranks(), drop_last=False)
     best = {"auc": trace.bayes_auc(n_train), "log_loss": trace.bayes_log_loss(n_train)} if trace else None
     return Data(train, test, best)
 
@@ -88,7 +95,7 @@ def train(args: Namespace, data: Data | None = None) -> dict[str, Any]:
     )
     # ---- Slipstream attaches here: slip = Slipstream(model, config=...) ----
 
-    epoch_steps = count_batches(len(data.train), args.batch_size, world_size=world_size, drop_last=True)
+    epoch_steps = count_batches(len(data.train), args.batch_size, world_size=world_size)
     steps = epoch_steps * args.epochs
     # The pipeline reads ahead, so it gets all epochs as one stream and is filled and drained once.
     stream: Iterator[Batch] = (

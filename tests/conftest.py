@@ -1,5 +1,6 @@
 """Set-up of the whole test run: one thread, and property tests without a deadline."""
 
+import logging
 import os
 
 # Before torch is imported, here and in the processes that tests start: OpenMP reads it once.
@@ -10,6 +11,10 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+
+# TorchRec logs the arguments of every call it makes through these; pytest would print pages of it with a failure.
+for _name in ("MethodLogger-NullHandler", "Cap01Logger-NullHandler"):
+    logging.getLogger(_name).propagate = False
 
 # No deadline: the first example pays torch's lazy initialisation, and a busy machine is no defect. `derandomize` so
 # that a failure in CI fails at a desk too.
