@@ -61,6 +61,7 @@ def test_order_depends_on_seed_and_epoch_only() -> None:
     assert order(seed=1, epoch=2) == order(seed=1, epoch=2)
     assert order(seed=1, epoch=2) != order(seed=1, epoch=3)
     assert order(seed=1, epoch=2) != order(seed=2, epoch=2)
+    assert order(seed=1, epoch=2) != order(seed=2, epoch=1), "seeds do not share epochs with each other"
     torch.manual_seed(99)  # the global generator has no say in it
     assert order(seed=1) == order(seed=1)
     assert order(shuffle=False) == [list(range(50))]

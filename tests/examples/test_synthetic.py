@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torchmetrics.functional.classification import binary_auroc
 
 from examples.samples import Samples
-from examples.synthetic import POPULAR, SyntheticTrace, expected_auc, make_synthetic
+from examples.synthetic import POPULAR, SyntheticTrace, _change_hands, expected_auc, make_synthetic
 
 
 def auc(scores: torch.Tensor, labels: torch.Tensor) -> float:
@@ -123,6 +123,27 @@ def test_drift_replaces_popular_rows(drift: float, low: float, high: float) -> N
             total += count
     assert total > 50
     assert low <= kept / total <= high
+
+
+@pytest.mark.parametrize("moment", [0.0, 0.5, 1.0])
+def test_drift_only_swaps_rows(moment: float) -> None:
+    """At any moment every row still holds exactly one rank: what leaves the top goes to the tail, none is lost."""
+    everyone = torch.arange(1000)
+    found = _change_hands(
+        everyone, torch.full((1000,), moment, dtype=torch.float64), 1000, 1.0, torch.Generator().manual_seed(0)
+    )
+    assert found.sort().values.tolist() == everyone.tolist()
+    moved = int((found[:100] != everyone[:100]).sum())
+    assert moved == {0.0: 0, 1.0: 100}.get(moment, moved)
+    assert moment != 0.5 or 30 < moved < 70
+
+
+def test_popularity_is_no_function_of_the_row_number(trace: SyntheticTrace) -> None:
+    """Else sharding by rows would give one rank all the popular ones."""
+    feature = max(range(26), key=lambda f: trace.samples.table_rows[f])
+    popular = popular_rows(trace.samples, feature, 200)
+    # The mean of 200 of the numbers 1 .. 20000 drawn at random is 10000, with a standard deviation of 408.
+    assert sum(popular) / 200 == pytest.approx(10_000, abs=4 * 408)
 
 
 def test_drift_comes_gradually_and_leaves_the_skew_alone() -> None:
