@@ -53,6 +53,7 @@ def test_one_process_learns_and_writes_its_results(tmp_path: Path) -> None:
     assert f"{result['test']['auc']:.4f}" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["table_wise", "row_wise"])
 def test_two_ranks_train_as_well_as_one(tmp_path: Path, sharding: str) -> None:
     # 2401 test samples: the ranks' last batches differ in size.
