@@ -27,7 +27,7 @@ class StalenessConfig:
     warmup_steps: int = 100
     """Steps before the first update is left out, counted from attach. Rows must have trained to be stale."""
 
-    interval: int = 25
+    interval: int = 50
     """Steps between two decisions. Everything is decided here; between two decisions a step only gathers."""
 
     signal: str = "auto"
