@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from examples.model import SHARDINGS
+from torchrec_slipstream import StalenessConfig
+from torchrec_slipstream.config import SELECTIONS, SIGNALS
 
 # What can be left out of the fused update, in the order in which --compare runs them.
-SKIP_MODES = ("off",)
+SKIP_MODES = ("off", "rows")
+_STALENESS = StalenessConfig()
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,10 +43,35 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--evaluations", type=at_least(1), default=4, help="tests during the run, the last at its end")
     run.add_argument("--seed", type=at_least(0), default=0, help="of the weights, the order, and synthetic data")
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    run.add_argument("--skip", choices=SKIP_MODES, default="off", help="which updates to leave out")
+    run.add_argument("--skip", choices=SKIP_MODES, default="off", help="leave out the updates of stale rows, or none")
     run.add_argument("--compare", action="store_true", help="run every --skip mode, one after the other")
     run.add_argument("--json", type=Path, metavar="FILE", help="write the results there (with --compare: by mode)")
+
+    # The rest of the knobs have their defaults: torchrec_slipstream.StalenessConfig documents them all.
+    stale = parser.add_argument_group("staleness (with --skip rows)")
+    stale.add_argument("--skip-share", type=share, default=_STALENESS.target_share, help="of look-ups, after warm-up")
+    stale.add_argument("--warmup-steps", type=at_least(0), help="before skipping begins (a quarter of the run)")
+    stale.add_argument("--interval", type=at_least(1), default=_STALENESS.interval, help="steps between decisions")
+    stale.add_argument("--signal", choices=SIGNALS, default=_STALENESS.signal, help="what tells a stale row")
+    stale.add_argument("--selection", choices=SELECTIONS, default=_STALENESS.selection, help="duty cycle or threshold")
+    stale.add_argument("--min-touches", type=at_least(1), default=_STALENESS.min_touches, help="look-ups before stale")
+    stale.add_argument("--thaw-every", type=at_least(2), default=_STALENESS.thaw_every, help="intervals (threshold)")
+    stale.add_argument("--count-every", type=at_least(1), default=_STALENESS.count_every, help="count every k-th step")
     return parser.parse_args(argv)
+
+
+def staleness_config(args: argparse.Namespace, steps: int) -> StalenessConfig:
+    """The arguments as a StalenessConfig for a run of `steps`. Raises ConfigError for values that it refuses."""
+    return StalenessConfig(
+        target_share=args.skip_share,
+        warmup_steps=steps // 4 if args.warmup_steps is None else args.warmup_steps,
+        interval=args.interval,
+        signal=args.signal,
+        selection=args.selection,
+        min_touches=args.min_touches,
+        thaw_every=args.thaw_every,
+        count_every=args.count_every,
+    )
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 if __package__ in (None, ""):
     # Run as a file, Python puts examples/ on the path and not the repository, which `import examples` needs.
@@ -26,15 +24,19 @@ if __package__ in (None, ""):
 
 import torch
 from torchrec.datasets.utils import Batch
+from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from tqdm import tqdm
 
-from examples.arguments import SKIP_MODES, parse_arguments
+from examples.arguments import SKIP_MODES, parse_arguments, staleness_config
 from examples.metrics import Evaluation
 from examples.model import build_model, describe_plan
 from examples.runtime import pick_device, process_group, quiet
 from examples.runtime import world_size as ranks
 from examples.samples import Samples, batches, count_batches
+from examples.show import show
+from examples.timing import StepClock
+from torchrec_slipstream import Report, Slipstream, SlipstreamConfig
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,23 @@ def load_data(args: Namespace) -> Data:
     return Data(train, test, best)
 
 
-def train(args: Namespace, data: Data | None = None) -> dict[str, Any]:
+class Session(Protocol):
+    """What `train` asks of a session: Slipstream's, or a control's in its place."""
+
+    def step(self) -> None: ...
+
+    def report(self) -> Report: ...
+
+
+Attach = Callable[[DistributedModelParallel, int], Session | None]
+
+
+def train(args: Namespace, data: Data | None = None, attach: Attach | None = None) -> dict[str, Any]:
     """One complete training: builds the model, trains it, tests it. Needs a default process group.
 
     The same arguments give the same model and the same order of samples, so runs that differ in one of them compare.
-    `data` saves loading it again.
+    `data` saves loading it again; `attach(model, steps)` puts another session in the place of the one that
+    `args.skip` asks for.
 
     Returns what the run was and did, ready for JSON; every rank the same metrics, and its own times.
     """
@@ -93,12 +107,12 @@ def train(args: Namespace, data: Data | None = None) -> dict[str, Any]:
         seed=args.seed,
         device=device,
     )
-    # ---- Slipstream attaches here: slip = Slipstream(model, config=...) ----
-
     epoch_steps = count_batches(len(data.train), args.batch_size, world_size=world_size)
     steps = epoch_steps * args.epochs
+    slip = (attach or attach_slipstream(args))(model, steps)
     # The pipeline reads ahead, so it gets all epochs as one stream and is filled and drained once.
-    stream: Iterator[Batch] = (
+    clock = StepClock(model, optimizer)
+    stream = clock.reading(
         batch
         for epoch in range(args.epochs)
         for batch in batches(data.train, args.batch_size, seed=args.seed, epoch=epoch, rank=rank, world_size=world_size)
@@ -106,17 +120,17 @@ def train(args: Namespace, data: Data | None = None) -> dict[str, Any]:
     pipeline = TrainPipelineSparseDist(model, optimizer, device)
     test_at = {round(steps * i / args.evaluations) for i in range(1, args.evaluations + 1)}
     history: list[dict[str, float]] = []
-    times: list[float] = []
 
     model.train()
     with tqdm(total=steps, unit="step", desc=f"skip {args.skip}", disable=None if rank == 0 else True) as bar:
         for step in range(1, steps + 1):
-            start = time.perf_counter()
-            loss, _, _ = pipeline.progress(stream)
-            # ---- and steps here: slip.step() ----
-            if device.type == "cuda" and step % 50 == 0:
-                torch.cuda.synchronize()  # now and then, so that host times add up to the device's
-            times.append(time.perf_counter() - start)
+            with clock.step():
+                loss, _, _ = pipeline.progress(stream)
+                if slip is not None:
+                    with clock.part("session"):
+                        slip.step()
+                if device.type == "cuda" and step % 50 == 0:
+                    torch.cuda.synchronize()  # now and then, so that host times add up to the device's
             bar.update()
             if step % 50 == 0:
                 bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
@@ -126,8 +140,8 @@ def train(args: Namespace, data: Data | None = None) -> dict[str, Any]:
                 if rank == 0:
                     bar.write(_line(f"skip {args.skip}, step {step} of {steps}", test))
 
-    # Warm-up (allocators, the pipeline's first fill) is no part of a step's time: leave out the first tenth.
-    settled = sorted(times[len(times) // 10 :])
+    seconds = sum(clock.steps)
+    report = slip.report().to_dict() if slip is not None else None
     return {
         "skip": args.skip,
         "data": str(args.data),
@@ -143,15 +157,24 @@ def train(args: Namespace, data: Data | None = None) -> dict[str, Any]:
         "test": history[-1],
         "best_possible": data.best,
         "history": history,
-        "seconds": sum(times),
-        "samples_per_second": steps * args.batch_size * world_size / sum(times),
-        "step_ms": {
-            "p20": 1e3 * settled[len(settled) // 5],
-            "median": 1e3 * median(settled),
-            "p80": 1e3 * settled[len(settled) * 4 // 5],
-        },
+        "seconds": seconds,
+        "samples_per_second": steps * args.batch_size * world_size / seconds,
+        "step_ms": clock.milliseconds(),
+        "tracker_share": report["tracker_seconds"] / seconds if report else 0.0,
         "plan": describe_plan(model),
+        "slipstream": report,
     }
+
+
+def attach_slipstream(args: Namespace) -> Attach:
+    """Attaches what `args.skip` asks for."""
+
+    def attach(model: DistributedModelParallel, steps: int) -> Session | None:
+        if args.skip == "off":
+            return None
+        return Slipstream(model, SlipstreamConfig(staleness=staleness_config(args, steps)))
+
+    return attach
 
 
 def evaluate(
@@ -179,30 +202,6 @@ def _line(head: str, test: dict[str, float]) -> str:
         f"{head}: test AUC {test['auc']:.4f}, normalised entropy {test['normalized_entropy']:.4f}, "
         f"log-loss {test['log_loss']:.4f}"
     )
-
-
-def show(runs: dict[str, dict[str, Any]]) -> str:
-    """The runs side by side, a column each."""
-    first = next(iter(runs.values()))
-    lines = {
-        "test AUC": lambda run: f"{run['test']['auc']:.4f}",
-        "normalised entropy": lambda run: f"{run['test']['normalized_entropy']:.4f}",
-        "log-loss": lambda run: f"{run['test']['log_loss']:.4f}",
-        "step, median ms": lambda run: f"{run['step_ms']['median']:.2f}",
-        "samples a second": lambda run: f"{run['samples_per_second']:,.0f}",
-        "training, seconds": lambda run: f"{run['seconds']:.1f}",
-    }
-    out = [
-        f"{first['train_samples']:,} training and {first['test_samples']:,} test samples of {first['data']}, "
-        f"{first['rows']:,} rows x {first['embedding_dim']}, {first['world_size']} rank(s) on {first['device']}",
-        "",
-        f"{'':22}" + "".join(f"{'skip ' + mode:>14}" for mode in runs),
-    ]
-    out += [f"{name:22}" + "".join(f"{value(run):>14}" for run in runs.values()) for name, value in lines.items()]
-    if first["best_possible"]:
-        best = first["best_possible"]
-        out += ["", f"best possible on this data: AUC {best['auc']:.4f}, log-loss {best['log_loss']:.4f}"]
-    return "\n".join(out)
 
 
 def main(argv: list[str] | None = None) -> None:

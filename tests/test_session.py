@@ -16,7 +16,7 @@ from torch import nn
 from tests.models import TwoCollections, batches_for, sharded
 from tests.staleness.test_tracker import ROWS, config, train
 from tests.tables import make_tbe, table_states
-from torchrec_slipstream import AttachError, Slipstream, StateError
+from torchrec_slipstream import AttachError, Report, Slipstream, StateError
 
 
 @pytest.fixture()
@@ -125,6 +125,7 @@ def test_report_is_text_and_json() -> None:
     assert "users" in text
     assert "all tables" in text
     parsed = json.loads(json.dumps(report.to_dict()))
+    assert Report.from_dict(parsed) == report
     assert parsed["tables"]["items"]["rows"] == 60
     assert parsed["steps"] == 100
     assert parsed["tracker_share"] < 0.5

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from torchrec_slipstream.errors import ConfigError
 
-_SIGNALS = ("auto", "gain", "movement", "drift")
-_SELECTIONS = ("duty", "threshold")
+SIGNALS = ("auto", "gain", "movement", "drift")
+SELECTIONS = ("duty", "threshold")
 _SEARCHES = ("quantile", "bisection")
 _DTYPES = ("float32", "float16")
 
@@ -95,8 +95,8 @@ class StalenessConfig:
         _within("count_every", self.count_every, 1)
         _within("rate_decay", self.rate_decay, 0.0, 1.0, open_end=True)
         _within("memory_bytes", self.memory_bytes, 0)
-        _one_of("signal", self.signal, _SIGNALS)
-        _one_of("selection", self.selection, _SELECTIONS)
+        _one_of("signal", self.signal, SIGNALS)
+        _one_of("selection", self.selection, SELECTIONS)
         _one_of("search", self.search, _SEARCHES)
         _one_of("snapshot_dtype", self.snapshot_dtype, _DTYPES)
         if isinstance(self.exclude_tables, str):

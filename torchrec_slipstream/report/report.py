@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
-if TYPE_CHECKING:
-    from torchrec_slipstream.staleness.tracker import Decision
+
+@dataclass(frozen=True)
+class Decision:
+    """What one decision of the staleness tracker found and did, over all ranks but for ``seconds``.
+
+    ``pool_rows`` may be stale, ``stale_rows`` are; ``thawed_rows`` were until now, ``refrozen_rows`` are again after
+    one interval; ``measured_share`` of the look-ups since skipping began were left out, ``expected_share`` will be.
+    """
+
+    step: int
+    pool_rows: int
+    stale_rows: int
+    thawed_rows: int
+    refrozen_rows: int
+    measured_share: float
+    expected_share: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -78,6 +93,16 @@ class Report:
             "tables": {name: asdict(t) | {"skipped_share": t.skipped_share} for name, t in self.tables.items()},
             "decisions": [asdict(d) for d in self.decisions],
         }
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Report:
+        """The report that :meth:`to_dict` wrote."""
+        names = [f.name for f in fields(TableReport)]
+        return Report(
+            tables={key: TableReport(**{n: table[n] for n in names}) for key, table in values["tables"].items()},
+            decisions=[Decision(**decision) for decision in values["decisions"]],
+            **{name: values[name] for name in ("steps", "seconds", "tracker_seconds", "target_share")},
+        )
 
     def __str__(self) -> str:
         width = max([len(name) for name in self.tables] + [len("all tables")])

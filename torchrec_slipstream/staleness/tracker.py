@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,26 +17,13 @@ from torch import Tensor
 
 from torchrec_slipstream.config import StalenessConfig
 from torchrec_slipstream.errors import StateError
+from torchrec_slipstream.report.report import Decision
 from torchrec_slipstream.staleness import selection
 from torchrec_slipstream.staleness.tracked_tbe import TrackedTbe
 from torchrec_slipstream.tbe import UpdateFilter
 
 # How strongly the share left out is pulled back to its target: half of what is owed, in the coming interval.
 _FEEDBACK = 0.5
-
-
-@dataclass
-class Decision:
-    """What one decision found and did, over all ranks where not said otherwise."""
-
-    step: int
-    pool_rows: int
-    stale_rows: int
-    thawed_rows: int
-    refrozen_rows: int
-    measured_share: float
-    expected_share: float
-    seconds: float
 
 
 class StalenessTracker:
