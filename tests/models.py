@@ -117,6 +117,4 @@ def _jagged(prefix: str, size: int, generator: torch.Generator) -> KeyedJaggedTe
     for feature, rows in enumerate(ROWS):
         count = int(lengths[feature * size : (feature + 1) * size].sum())
         values.append((rows ** torch.rand(count, generator=generator)).long().clamp(max=rows) - 1)
-    return KeyedJaggedTensor(
-        keys=[f"{prefix}{i}" for i in range(len(ROWS))], values=torch.cat(values), lengths=lengths
-    )
+    return KeyedJaggedTensor(keys=[f"{prefix}{i}" for i in range(len(ROWS))], values=torch.cat(values), lengths=lengths)

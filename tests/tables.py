@@ -93,9 +93,7 @@ def make_lookups(
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(lengths).cumsum(0)])
     values = torch.cat(indices).to(dtype)
     weights = torch.rand(values.numel(), generator=generator) if weighted else None
-    return Lookups(
-        values.to(device), offsets.to(dtype).to(device), weights.to(device) if weights is not None else None
-    )
+    return Lookups(values.to(device), offsets.to(dtype).to(device), weights.to(device) if weights is not None else None)
 
 
 def filtered(tbe: TBE, live: Tensor) -> UpdateFilter:

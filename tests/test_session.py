@@ -19,7 +19,7 @@ from tests.tables import make_tbe, table_states
 from torchrec_slipstream import AttachError, Report, Slipstream, StateError
 
 
-@pytest.fixture()
+@pytest.fixture
 def one_rank(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
@@ -168,5 +168,3 @@ def _layout(model: nn.Module) -> dict[str, object]:
         "parameters": [n for n, _ in model.named_parameters()],
         "modules": modules,
     }
-
-

@@ -19,7 +19,5 @@ class StateError(SlipstreamError):
     """A saved state does not belong to this model or this configuration; nothing was loaded."""
 
 
-
-
 class LookupRangeError(SlipstreamError):
     """A look-up names a row that its table does not have; nothing was updated."""

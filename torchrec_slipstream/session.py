@@ -150,5 +150,5 @@ def _group_of(model: nn.Module, given: dist.ProcessGroup | None) -> dist.Process
         return given
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    return model._env.process_group if hasattr(model, "_env") else dist.group.WORLD
-
+    environment: Any = getattr(model, "_env", None)
+    return environment.process_group if environment is not None else dist.group.WORLD

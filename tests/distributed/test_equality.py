@@ -19,7 +19,7 @@ SHARDINGS = ["table_wise", "row_wise", "column_wise"]
 
 
 def config(**changes: Any) -> SlipstreamConfig:
-    base: dict[str, Any] = dict(interval=5, warmup_steps=10, max_table_share=1.0)
+    base: dict[str, Any] = {"interval": 5, "warmup_steps": 10, "max_table_share": 1.0}
     return SlipstreamConfig(staleness=StalenessConfig(**{**base, **changes}))
 
 

@@ -11,9 +11,7 @@ from torch import Tensor
 from torchrec_slipstream.staleness import selection
 
 scores = st.lists(
-    st.tuples(
-        st.one_of(st.floats(0, 1e6, width=32), st.just(float("nan"))), st.integers(1, 1000)
-    ),
+    st.tuples(st.one_of(st.floats(0, 1e6, width=32), st.just(float("nan"))), st.integers(1, 1000)),
     min_size=1,
     max_size=60,
 )

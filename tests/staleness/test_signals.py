@@ -12,21 +12,19 @@ from torchrec_slipstream.staleness.signals import SIGNALS, Drift, Gain, Movement
 
 def view(**given: torch.Tensor) -> RowView:
     n = next(iter(given.values())).shape[0]
-    fields = dict(
-        weights=torch.zeros(n, 2),
-        before=torch.zeros(n, 2),
-        updates=torch.ones(n),
-        new_updates=torch.ones(n),
-        state=torch.ones(n),
-        state_before=torch.zeros(n),
-    )
+    fields = {
+        "weights": torch.zeros(n, 2),
+        "before": torch.zeros(n, 2),
+        "updates": torch.ones(n),
+        "new_updates": torch.ones(n),
+        "state": torch.ones(n),
+        "state_before": torch.zeros(n),
+    }
     return RowView(**{**fields, **given})
 
 
 def test_movement_is_a_touch_and_unknown_without_one() -> None:
-    rows = view(
-        weights=torch.tensor([[0.4, 0.1], [0.4, 0.1], [0.0, 0.0]]), new_updates=torch.tensor([1.0, 4.0, 0.0])
-    )
+    rows = view(weights=torch.tensor([[0.4, 0.1], [0.4, 0.1], [0.0, 0.0]]), new_updates=torch.tensor([1.0, 4.0, 0.0]))
     score = Movement().score(rows)
     torch.testing.assert_close(score[:2], torch.tensor([0.4, 0.1]))
     assert score[2].isnan()  # untouched, not settled: the artefact's trap

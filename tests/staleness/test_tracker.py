@@ -1,4 +1,4 @@
-"""The tracker over real TBEs: which rows become stale, how many look-ups that leaves out, and that nothing is frozen."""
+"""The tracker over real TBEs: which rows become stale, how many look-ups that leaves out, that nothing is frozen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
 
-from tests.tables import TBE, Lookups, make_lookups, make_tbe, table_states
+from tests.tables import TBE, Lookups, make_tbe, table_states
 from torchrec_slipstream import Slipstream, SlipstreamConfig, StalenessConfig
 from torchrec_slipstream.staleness.tracker import StalenessTracker
 from torchrec_slipstream.tbe import UpdateFilter, find_tbes
@@ -153,7 +153,9 @@ def test_memory_budget_keeps_the_most_touched_rows() -> None:
     others = torch.ones(touches.numel(), dtype=torch.bool)
     others[pool.rows] = False
     assert int(touches[pool.rows].min()) >= int(touches[others].max()) - 5  # touched since the last decision
-    held = sum(v.numel() * v.element_size() for v in vars(pool).values() if isinstance(v, Tensor) and v is not pool.fresh)
+    held = sum(
+        v.numel() * v.element_size() for v in vars(pool).values() if isinstance(v, Tensor) and v is not pool.fresh
+    )
     held += sum(s.numel() * s.element_size() for s in pool.snapshots)
     assert held <= row_bytes * 30
 

@@ -75,7 +75,9 @@ def test_data_parallel_table_must_be_excluded() -> None:
 
 def test_unknown_excluded_table() -> None:
     config = SlipstreamConfig(staleness=StalenessConfig(exclude_tables=("d",)))
-    with pytest.raises(AttachError, match=r"\['d'\], which the model does not have; it has \['a', 'b', 'c', 'table_0'\]"):
+    with pytest.raises(
+        AttachError, match=r"\['d'\], which the model does not have; it has \['a', 'b', 'c', 'table_0'\]"
+    ):
         Slipstream(Model(), config)
 
 
@@ -108,5 +110,3 @@ def test_same_table_twice() -> None:
     model.a = nn.ModuleList([make_tbe((5, 5), (4, 4), table_names=["t", "t"])])
     with pytest.raises(AttachError, match="same shard"):
         find_tbes(model)
-
-

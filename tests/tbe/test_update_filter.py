@@ -207,7 +207,11 @@ def test_phase_selects_the_bit_of_the_pattern() -> None:
     update_filter = filtered(tbe, torch.ones(4, dtype=torch.bool))
     update_filter.set_patterns(torch.tensor([0, 1]), torch.tensor([0b00000001, 0b10000000], dtype=torch.uint8))
     lookups = Lookups(torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2, 3]))
-    for phase, moved in ((0, [True, False, True, False]), (7, [False, True, True, False]), (3, [False, False, True, False])):
+    for phase, moved in (
+        (0, [True, False, True, False]),
+        (7, [False, True, True, False]),
+        (3, [False, False, True, False]),
+    ):
         update_filter.phase = phase
         before = table_states(tbe)[0][0]
         lookups.run(tbe).sum().backward()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -98,7 +100,7 @@ class TrackedTbe:
         weights = self.filter.weights() if signal.needs_snapshot else None
         states = self.filter.squared_gradients() if signal.needs_state else None
         begins = self.shard_begins.tolist()
-        for shard, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for shard, (begin, end) in enumerate(pairwise(bounds)):
             if begin == end:
                 continue
             local = pool.rows[begin:end] - begins[shard]
@@ -132,7 +134,7 @@ class TrackedTbe:
             return pool.score
         score = pool.score.clone()
         bounds = pool.bounds(self.shard_begins)
-        for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for begin, end in pairwise(bounds):
             part, rate = score[begin:end], pool.rate[begin:end]
             known = part.isfinite()
             mean = (part[known] * rate[known]).sum() / rate[known].sum().clamp(min=1e-30)

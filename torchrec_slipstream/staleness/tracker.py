@@ -158,7 +158,9 @@ class StalenessTracker:
         Raises:
             StateError: other tables or shards, other sizes, or another configuration.
         """
-        if missing := [key for key in ("config", "steps", "intervals", "baseline", "decisions", "shards") if key not in state]:
+        if missing := [
+            key for key in ("config", "steps", "intervals", "baseline", "decisions", "shards") if key not in state
+        ]:
             raise StateError(f"the saved staleness state is incomplete: it lacks {missing}")
         shards = state["shards"]
         ours = [shard.key for one in self.filters for shard in one.shards]

@@ -12,7 +12,6 @@ bit as stock (but for a rounding in a mean-pooled bag that is live in part), sta
 untouched, and the backward's sort, gradient reads and row writes shrink with the look-ups.
 """
 
-
 from torchrec_slipstream.tbe.finding import FoundTbe, TableShard, find_tbes
 from torchrec_slipstream.tbe.update_filter import UpdateFilter
 

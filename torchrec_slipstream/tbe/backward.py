@@ -11,6 +11,7 @@ from torch import Tensor
 from torchrec_slipstream.staleness.compaction import Compaction
 from torchrec_slipstream.tbe.finding import TBE
 
+
 class SavedLookups:
     """Hooks that let the fused backward unpack the live look-ups only.
 
@@ -104,7 +105,7 @@ class WeightGradient(torch.autograd.Function):
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
         return grad_output, ctx.gradient(grad_output), None
 
 

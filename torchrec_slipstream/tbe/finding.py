@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
@@ -16,7 +17,7 @@ from torchrec.distributed.embedding_kernel import BaseEmbedding
 
 from torchrec_slipstream.errors import AttachError
 
-TBE = SplitTableBatchedEmbeddingBagsCodegen
+TBE: TypeAlias = SplitTableBatchedEmbeddingBagsCodegen
 
 _WHY_REFUSED = {
     EmbOptimType.NONE: "it returns gradients instead of updating rows, so there is no update to leave out",
@@ -61,8 +62,6 @@ class FoundTbe:
     shards: tuple[TableShard, ...]
 
 
-
-
 def find_tbes(model: nn.Module, exclude_tables: frozenset[str] = frozenset()) -> list[FoundTbe]:
     """All TBEs below ``model`` whose updates can be filtered, in a stable order. Changes nothing.
 
@@ -83,7 +82,10 @@ def find_tbes(model: nn.Module, exclude_tables: frozenset[str] = frozenset()) ->
         if isinstance(module, BaseEmbedding) and hasattr(module, "emb_module"):
             tbe, shards = module.emb_module, _kernel_shards(module, path)
             owned.add(id(tbe))
-        elif isinstance(module, (TBE, DenseTableBatchedEmbeddingBagsCodegen)) and id(module) not in owned:
+        elif (
+            isinstance(module, (SplitTableBatchedEmbeddingBagsCodegen, DenseTableBatchedEmbeddingBagsCodegen))
+            and id(module) not in owned
+        ):
             tbe, shards = module, _bare_shards(module, path)
         else:
             continue
@@ -172,7 +174,7 @@ def _why_not(tbe: nn.Module) -> str | None:
         return "a Slipstream session is attached already; detach() it first"
     if isinstance(tbe, DenseTableBatchedEmbeddingBagsCodegen):
         return "it is dense or data parallel, its update is not fused into FBGEMM's backward"
-    if not isinstance(tbe, TBE):
+    if not isinstance(tbe, SplitTableBatchedEmbeddingBagsCodegen):
         return f"{type(tbe).__name__} is not FBGEMM's SplitTableBatchedEmbeddingBagsCodegen"
     if (why := _WHY_REFUSED.get(tbe.optimizer)) is not None:
         return f"optimizer {tbe.optimizer} cannot be filtered: {why}"
@@ -182,5 +184,3 @@ def _why_not(tbe: nn.Module) -> str | None:
     if tbe._used_rowwise_adagrad_with_global_weight_decay:
         return "global weight decay moves rows that are not updated, so a stale row would still move"
     return None
-
-

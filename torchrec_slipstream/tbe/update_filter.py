@@ -14,7 +14,7 @@ from torchrec_slipstream.errors import AttachError, LookupRangeError
 from torchrec_slipstream.staleness.compaction import Compaction
 from torchrec_slipstream.staleness.selection import ALWAYS_LIVE
 from torchrec_slipstream.tbe.backward import SavedLookups, WeightGradient, prehook, scale_vbe, weight_gradient
-from torchrec_slipstream.tbe.finding import TBE, Attached, FoundTbe
+from torchrec_slipstream.tbe.finding import Attached, FoundTbe
 
 
 class UpdateFilter:
@@ -126,9 +126,7 @@ class UpdateFilter:
         weights = per_sample_weights.detach() if per_sample_weights is not None else None
         if weights is not None:
             # FBGEMM would compute the weights' gradient over the live look-ups only, in their shape.
-            batch["feature_requires_grad"] = torch.zeros(
-                len(self.feature_table), dtype=torch.int32, device=self.device
-            )
+            batch["feature_requires_grad"] = torch.zeros(len(self.feature_table), dtype=torch.int32, device=self.device)
         tbe = self.tbe
         saved = SavedLookups(tbe, weights)
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
@@ -272,5 +270,3 @@ def _filtered_class(stock: type) -> type:
 
 def _stock_class(filtered: type) -> type:
     return filtered.__bases__[1]
-
-
