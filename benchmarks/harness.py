@@ -1,0 +1,235 @@
+"""What all benchmarks share: providers that take turns, percentiles, and the one CSV that every result goes to."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import fcntl
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+CSV = ROOT / "benchmarks" / "data" / "all_benchmark_data.csv"
+COLUMNS = (
+    "question",
+    "provider",
+    "parameters",
+    "p20",
+    "p50",
+    "p80",
+    "unit",
+    "quality",
+    "device",
+    "processor",
+    "threads",
+    "torch",
+    "fbgemm",
+    "torchrec",
+    "python",
+    "commit",
+    "date",
+)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Measurements of one provider, in the order taken; in seconds where :func:`interleaved` took them."""
+
+    samples: tuple[float, ...]
+
+    def percentile(self, share: float) -> float:
+        """The value below which ``share`` (0 to 1) of the measurements lie, interpolated."""
+        return float(np.quantile(self.samples, share))
+
+    @property
+    def p20(self) -> float:
+        return self.percentile(0.2)
+
+    @property
+    def p50(self) -> float:
+        return self.percentile(0.5)
+
+    @property
+    def p80(self) -> float:
+        return self.percentile(0.8)
+
+    @property
+    def mean(self) -> float:
+        """Unlike the median it sees what happens once in many steps; it also sees every other process."""
+        return float(np.mean(self.samples))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider's result on one question, as the CSV keeps it."""
+
+    question: str
+    provider: str
+    parameters: Mapping[str, Any]
+    timing: Timing
+    unit: str
+    quality: Mapping[str, Any]
+    device: str = "cpu"
+
+
+def interleaved(
+    providers: Mapping[str, Callable[[int], None]],
+    rounds: int,
+    warmup: int,
+    *,
+    device: str = "cpu",
+    title: str = "rounds",
+) -> dict[str, Timing]:
+    """Time the providers in turns, so that whatever else the machine does hits all alike.
+
+    Each round every provider runs once and is given the round's number (from 0, the warm-up's included); who goes
+    first moves on by one a round. On a GPU a turn ends when the device has done its work.
+
+    Args:
+        rounds: measured rounds, 1 or more.
+        warmup: rounds before them that are thrown away.
+    """
+    if rounds < 1 or warmup < 0 or not providers:
+        raise ValueError(f"rounds={rounds}, warmup={warmup}, {len(providers)} providers: give 1 or more, 0, 1 or more")
+    names = list(providers)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in tqdm(range(warmup + rounds), desc=title, unit="round", file=sys.stderr):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            _wait(device)
+            began = time.perf_counter()
+            providers[name](turn)
+            _wait(device)
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: Timing(tuple(taken)) for name, taken in seconds.items()}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that every benchmark has."""
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object, as the last line")
+    parser.add_argument("--no-record", dest="record", action="store_false", help="append nothing to the CSV")
+    parser.add_argument("--csv", type=Path, default=CSV, metavar="FILE", help="the CSV to append to")
+
+
+def finish(args: argparse.Namespace, result: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+    """Record the rows and print the result, as the options say; the result again."""
+    if args.record:
+        record(rows, args.csv)
+    if args.json:
+        sys.stderr.flush()
+        print(json.dumps(result, allow_nan=False), flush=True)
+    return result
+
+
+def record(rows: Iterable[Row], path: Path = CSV) -> None:
+    """Append the rows to the CSV, all of them or none; what stands there is never changed.
+
+    Raises:
+        ValueError: the file has another header, or ends within a row. Nothing was written.
+    """
+    fixed = {**_surroundings(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for row in rows:
+        values = {
+            **fixed,
+            "question": row.question,
+            "provider": row.provider,
+            "parameters": json.dumps(row.parameters, sort_keys=True),
+            "p20": f"{row.timing.p20:.6g}",
+            "p50": f"{row.timing.p50:.6g}",
+            "p80": f"{row.timing.p80:.6g}",
+            "unit": row.unit,
+            "quality": json.dumps(row.quality, sort_keys=True),
+            "device": row.device,
+            "processor": _processor(row.device),
+        }
+        writer.writerow([values[column] for column in COLUMNS])
+    _append(path, text.getvalue())
+
+
+def _append(path: Path, lines: str) -> None:
+    header = ",".join(COLUMNS) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        size = os.fstat(file).st_size
+        if size == 0:
+            lines = header + lines
+        elif (found := os.pread(file, len(header), 0).decode(errors="replace")) != header:
+            raise ValueError(f"{path} has the header {found.splitlines()[:1]}, not {header!r}; give another --csv")
+        elif os.pread(file, 1, size - 1) != b"\n":
+            raise ValueError(f"{path} ends within a row; mend its last line, or give another --csv")
+        data = lines.encode()
+        # One write: a crash leaves all of it or nothing. A full disk can still take a part, which is taken back.
+        if os.write(file, data) != len(data):
+            os.ftruncate(file, size)
+            raise OSError(f"could not write {len(data)} bytes to {path}; is the disk full?")
+    finally:
+        os.close(file)
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def _surroundings() -> dict[str, str]:
+    fbgemm = next((found for name in ("fbgemm-gpu-cpu", "fbgemm-gpu") if (found := _version(name))), "unknown")
+    return {
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "fbgemm": fbgemm,
+        "torchrec": _version("torchrec") or "unknown",
+        "python": platform.python_version(),
+        "commit": _commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    """The commit that was measured, with "+dirty" where code that could matter differs from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # Not the CSV: recording one benchmark must not make the next one look dirty.
+        changed = git("status", "--porcelain", "--", ".", ":!benchmarks/data")
+        return git("rev-parse", "--short=12", "HEAD") + ("+dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _processor(device: str) -> str:
+    if device != "cpu":
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"

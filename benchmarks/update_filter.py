@@ -1,0 +1,238 @@
+"""What does leaving out stale updates save, and what does it cost where nothing is stale?
+
+    python -m benchmarks.update_filter --json
+
+One TBE on one thread, forward and backward with its fused row-wise Adagrad, against itself without the filter: a
+filter is attached for its turn only, so memory and data are the same. The JSON's keys:
+
+``overhead_at_0``       a session with its default configuration attached and nothing stale yet, step() included, over
+                        stock: medians. ``overhead_at_0_mean`` is of means, so that the rare decisions count.
+``speedup``             stock over filtered, medians, by share of look-ups whose rows are stale; random rows.
+``speedup_popular``     the same where the stale rows are the most looked-up ones.
+``speedup_backward``    as ``speedup``, of the backward alone.
+``measured_share``      the share of look-ups that was in fact left out.
+``exact``               whether outputs and live rows equalled stock's bit for bit, and stale rows stood still.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import harness
+from benchmarks.harness import Row, Timing, interleaved
+from benchmarks.tables import Sizes, choose_stale, count_lookups, find_difference, make_batches, make_filter, make_tbe
+from torchrec_slipstream import Slipstream, SlipstreamConfig, StalenessConfig
+from torchrec_slipstream.tbe import UpdateFilter
+
+
+class Bench:
+    """A TBE, its traffic, and providers that run one step of it."""
+
+    def __init__(self, sizes: Sizes, device: str) -> None:
+        self.sizes = sizes
+        self.device = device
+        self.batches, self.offsets = make_batches(sizes, device)
+        self.counts = count_lookups(sizes, self.batches)
+        self.tbe = make_tbe(sizes, device)
+        generator = torch.Generator().manual_seed(sizes.seed + 1)
+        self.gradient = torch.randn(sizes.batch, sizes.tables * sizes.dim, generator=generator).to(device)
+        self.backward_seconds: dict[str, list[float]] = {}
+
+    def step(self, name: str, number: int) -> None:
+        """Forward and backward over one batch; on a CPU the backward's own time is kept under ``name``."""
+        output = self.tbe(self.batches[number % len(self.batches)], self.offsets)
+        began = time.perf_counter()
+        output.backward(self.gradient)
+        self.backward_seconds.setdefault(name, []).append(time.perf_counter() - began)
+
+    def providers(self, filters: dict[str, UpdateFilter | None]) -> dict[str, Callable[[int], None]]:
+        """A provider a filter; None is stock.
+
+        In one round they get different batches, so that none finds its rows in the cache because another has just
+        used them; over the rounds all get all batches.
+        """
+
+        def provider(name: str, update_filter: UpdateFilter | None, shift: int) -> Callable[[int], None]:
+            def run(turn: int) -> None:
+                if update_filter is None:
+                    self.step(name, turn + shift)
+                    return
+                update_filter.attach()
+                try:
+                    self.step(name, turn + shift)
+                finally:
+                    update_filter.detach()
+
+            return run
+
+        apart = max(1, len(self.batches) // len(filters))
+        return {name: provider(name, one, i * apart) for i, (name, one) in enumerate(filters.items())}
+
+
+def measure_overhead(bench: Bench, rounds: int, warmup: int, count_every: int | None) -> dict[str, Timing]:
+    """Stock, and a session that has not begun to skip: it counts, and decides every interval that nothing is stale."""
+    staleness = StalenessConfig(warmup_steps=2**40)
+    if count_every is not None:
+        staleness = replace(staleness, count_every=count_every)
+    session = Slipstream(nn.ModuleList([bench.tbe]), SlipstreamConfig(staleness=staleness))
+    # A session attaches for good; here it must step aside for stock's turns.
+    (update_filter,) = session._filters
+    update_filter.detach()
+    providers = bench.providers({"stock": None, "session": update_filter})
+    filtered_step = providers["session"]
+
+    def session_step(turn: int) -> None:
+        filtered_step(turn)
+        session.step()
+
+    timings = interleaved(
+        {"stock": providers["stock"], "session": session_step},
+        rounds,
+        warmup,
+        device=bench.device,
+        title="session, nothing stale",
+    )
+    session.detach()
+    return timings
+
+
+def measure_shares(
+    bench: Bench, shares: list[float], rounds: int, warmup: int, *, popular_first: bool
+) -> tuple[dict[str, Timing], dict[str, Timing], dict[str, UpdateFilter]]:
+    """Stock and a filter a share: times of steps, of their backwards, and the filters with what they counted."""
+    filters = {
+        f"{share:g}": make_filter(
+            bench.tbe, choose_stale(bench.counts, share, popular_first=popular_first, seed=bench.sizes.seed)
+        )
+        for share in shares
+    }
+    bench.backward_seconds = {}
+    title = "most popular rows stale" if popular_first else "random rows stale"
+    providers = bench.providers({"stock": None, **filters})
+    timings = interleaved(providers, rounds, warmup, device=bench.device, title=title)
+    backward = {name: Timing(tuple(seconds[warmup:])) for name, seconds in bench.backward_seconds.items()}
+    return timings, backward, filters
+
+
+def check_exact(bench: Bench, filters: list[UpdateFilter]) -> str | None:
+    """Compare a step of every filter with a twin's stock step: what differs, or None. Doubles the tables' memory."""
+    twin = make_tbe(bench.sizes, bench.device)
+    for mine, theirs in zip(
+        [*bench.tbe.split_embedding_weights(), *(s for one in bench.tbe.split_optimizer_states() for s in one)],
+        [*twin.split_embedding_weights(), *(s for one in twin.split_optimizer_states() for s in one)],
+        strict=True,
+    ):
+        theirs.detach().copy_(mine.detach())
+    problems = [
+        find_difference(bench.tbe, twin, one, bench.batches[i % len(bench.batches)], bench.offsets, bench.gradient)
+        for i, one in enumerate(filters)
+    ]
+    return next((problem for problem in problems if problem is not None), None)
+
+
+def _ratios(timings: dict[str, Timing]) -> dict[str, float]:
+    return {name: timings["stock"].p50 / timing.p50 for name, timing in timings.items() if name != "stock"}
+
+
+def _share(one: UpdateFilter) -> float:
+    return float(one.skipped.sum() / one.lookups.sum())
+
+
+def _rows(question: str, args: argparse.Namespace, timings: dict[str, Timing], **quality: Any) -> list[Row]:
+    """One CSV row a provider, in milliseconds; ``quality`` maps a name to a value, or to a dict by provider."""
+    parameters = {**asdict(_sizes(args)), "rounds": args.rounds, "warmup": args.warmup}
+    return [
+        Row(
+            question=question,
+            provider=name if name in ("stock", "session") else f"filter {name}",
+            parameters=parameters | ({"share": float(name)} if name not in ("stock", "session") else {}),
+            timing=Timing(tuple(1e3 * sample for sample in timing.samples)),
+            unit="ms",
+            quality={
+                key: value.get(name) if isinstance(value, dict) else value
+                for key, value in {"mean": 1e3 * timing.mean, **quality}.items()
+            },
+            device=args.device,
+        )
+        for name, timing in timings.items()
+    ]
+
+
+def _sizes(args: argparse.Namespace) -> Sizes:
+    return Sizes(**{name: getattr(args, name) for name in asdict(Sizes())})
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.update_filter",
+        description="Time saved by the update filter, and its cost where nothing is stale.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    harness.add_options(parser)
+    for name, default in asdict(Sizes()).items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.75, 0.95], help="of look-ups, to be stale")
+    parser.add_argument("--rounds", type=int, default=96, help="measured rounds for the speedups")
+    parser.add_argument("--overhead-rounds", type=int, default=250, help="measured rounds for the overhead")
+    parser.add_argument("--warmup", type=int, default=8, help="rounds thrown away")
+    parser.add_argument("--count-every", type=int, help="count_every of the session (default: its own default)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Measure, check, record and print; the result that is printed."""
+    args = parse_arguments(argv)
+    bench = Bench(_sizes(args), args.device)
+    overhead = measure_overhead(bench, args.overhead_rounds, args.warmup, args.count_every)
+    rows = _rows("update_filter.overhead_at_0", args, overhead)
+    result: dict[str, Any] = {
+        "overhead_at_0": overhead["session"].p50 / overhead["stock"].p50,
+        "overhead_at_0_mean": overhead["session"].mean / overhead["stock"].mean,
+    }
+    measured, all_filters = {}, []
+    for popular_first, key in ((False, "speedup"), (True, "speedup_popular")):
+        steps, backward, filters = measure_shares(
+            bench, args.shares, args.rounds, args.warmup, popular_first=popular_first
+        )
+        result[key] = _ratios(steps)
+        result[f"{key}_backward"] = _ratios(backward)
+        measured[key] = {name: _share(one) for name, one in filters.items()}
+        rows += _rows(f"update_filter.{key}", args, steps, measured_share=measured[key], speedup=result[key])
+        all_filters += list(filters.values())
+    result["measured_share"] = measured
+    result["ms"] = {"stock": 1e3 * overhead["stock"].p50, "session": 1e3 * overhead["session"].p50}
+    problem = check_exact(bench, all_filters)
+    result["exact"] = problem is None
+    rows = [replace(row, quality={**row.quality, "exact": result["exact"]}) for row in rows]
+    if problem is not None:
+        print(f"NOT EXACT: {problem}", file=sys.stderr)
+    print(show(result))
+    return harness.finish(args, result, rows)
+
+
+def show(result: dict[str, Any]) -> str:
+    """The result for people."""
+    lines = [
+        f"nothing stale: {result['overhead_at_0']:.3f} of stock's step (means {result['overhead_at_0_mean']:.3f}), "
+        f"{result['ms']['session']:.2f} against {result['ms']['stock']:.2f} ms",
+        f"{'stale look-ups':<16}{'random rows':>12}{'backward':>10}{'popular rows':>14}{'backward':>10}",
+    ]
+    for share in result["speedup"]:
+        values = [result[key][share] for key in ("speedup", "speedup_backward", "speedup_popular")]
+        values.append(result["speedup_popular_backward"][share])
+        lines.append(f"{float(share):<16.0%}{values[0]:>11.2f}x{values[1]:>9.2f}x{values[2]:>13.2f}x{values[3]:>9.2f}x")
+    lines.append(f"exact: {'yes' if result['exact'] else 'NO'}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
