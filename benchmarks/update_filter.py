@@ -191,6 +191,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure, check, record and print; the result that is printed."""
     args = parse_arguments(argv)
+    harness.keep_freed_memory()
     bench = Bench(_sizes(args), args.device)
     overhead = measure_overhead(bench, args.overhead_rounds, args.warmup, args.count_every)
     rows = _rows("update_filter.overhead_at_0", args, overhead)
