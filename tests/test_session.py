@@ -31,7 +31,8 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
     [
         {},
         {"signal": "movement", "selection": "threshold"},
-        {"signal": "drift", "snapshot_dtype": "float16", "count_every": 2},
+        {"selection": "duty"},
+        {"selection": "duty", "signal": "drift", "snapshot_dtype": "float16", "count_every": 2},
     ],
 )
 def test_resumed_run_equals_an_uninterrupted_one(changes: dict[str, object]) -> None:

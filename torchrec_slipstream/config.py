@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torchrec_slipstream.errors import ConfigError
 
 SIGNALS = ("auto", "gain", "movement", "drift")
-SELECTIONS = ("duty", "threshold")
+SELECTIONS = ("sampling", "duty", "threshold")
 _SEARCHES = ("quantile", "bisection")
 _DTYPES = ("float32", "float16")
 
@@ -30,16 +30,22 @@ class StalenessConfig:
     interval: int = 50
     """Steps between two decisions. Everything is decided here; between two decisions a step only gathers."""
 
-    signal: str = "auto"
-    """How far a row is from having settled, smaller is staler: ``"gain"`` (what the optimizer still gains a look-up,
-    ours, needs the Adagrad family), ``"movement"`` (largest movement of a dimension a touch, Slipstream's),
-    ``"drift"`` (displacement over a random walk of the same steps, needs the Adagrad family), or ``"auto"`` ("gain"
-    where the optimizer allows it, else "movement")."""
+    selection: str = "sampling"
+    """Which look-ups of trained rows are left out. ``"sampling"`` (ours): each is kept with a probability
+    proportional to the size of the gradient that reaches it, and then counts for its inverse, so that the expected
+    update is the full one. ``"duty"`` (ours): a row is live in a fraction of the steps proportional to its signal, so
+    the settled ones are thawed rarely. ``"threshold"`` (Slipstream's): rows whose signal is below a threshold are
+    stale through the interval, and thaw in turn. What each costs in quality: ``benchmarks/convergence.py``."""
 
-    selection: str = "duty"
-    """``"duty"``: a row is live in a fraction of the steps that is proportional to its signal, so every row is thawed
-    all the time, the settled ones rarely (ours). ``"threshold"``: rows below a threshold are stale through the
-    interval (Slipstream's), and thaw in turn."""
+    min_probability: float = 0.02
+    """Under ``"sampling"``, the least probability of a look-up to be kept, in ``(0, 1]``; its inverse bounds how
+    many look-ups a kept one may stand for."""
+
+    signal: str = "auto"
+    """Under ``"duty"`` and ``"threshold"``, how far a row is from having settled, smaller is staler: ``"gain"`` (what
+    the optimizer gained a look-up, ours, needs the Adagrad family), ``"movement"`` (largest movement of a dimension a
+    touch, Slipstream's), ``"drift"`` (displacement over a random walk of the same steps, needs the Adagrad family),
+    or ``"auto"`` ("gain" where the optimizer allows it, else "movement")."""
 
     min_touches: int = 5
     """Look-ups that a row needs before it can be stale. Guards against the artefact's trap of calling rows stale that
@@ -88,6 +94,7 @@ class StalenessConfig:
         _within("warmup_steps", self.warmup_steps, 0)
         _within("interval", self.interval, 1)
         _within("min_touches", self.min_touches, 1)
+        _within("min_probability", self.min_probability, 0.0, 1.0)
         _within("min_duty", self.min_duty, 0.0, 1.0, open_end=True)
         _within("max_table_share", self.max_table_share, 0.0, 1.0)
         _within("search_window", self.search_window, 0.0, 1.0)
@@ -102,6 +109,8 @@ class StalenessConfig:
         if isinstance(self.exclude_tables, str):
             raise ConfigError(f"exclude_tables={self.exclude_tables!r} is a string; give a tuple of table names")
         object.__setattr__(self, "exclude_tables", tuple(self.exclude_tables))
+        if self.min_probability == 0.0:
+            raise ConfigError("min_probability=0 would let a kept look-up stand for infinitely many; give more than 0")
         if self.max_table_share == 0.0:
             raise ConfigError("max_table_share=0 leaves nothing to skip; set target_share=0 to switch skipping off")
 

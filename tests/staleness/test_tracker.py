@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tests.tables import TBE, Lookups, make_tbe, table_states
 from torchrec_slipstream import Slipstream, SlipstreamConfig, StalenessConfig
+from torchrec_slipstream.staleness.signals import Movement
 from torchrec_slipstream.staleness.tracker import StalenessTracker
 from torchrec_slipstream.tbe import UpdateFilter, find_tbes
 
@@ -51,9 +52,10 @@ def tracker_of(session: Slipstream) -> StalenessTracker:
         {"target_share": 0.3},
         {"target_share": 0.8},
         {"count_every": 3},
-        {"normalise_tables": True},
-        {"signal": "movement"},
-        {"signal": "drift", "snapshot_dtype": "float16"},
+        {"selection": "duty"},
+        {"selection": "duty", "normalise_tables": True},
+        {"selection": "duty", "signal": "movement"},
+        {"selection": "duty", "signal": "drift", "snapshot_dtype": "float16"},
         {"selection": "threshold"},
         {"selection": "threshold", "signal": "movement", "search": "bisection"},
     ],
@@ -82,7 +84,7 @@ def test_warmup_is_stock_bit_for_bit_and_skipping_begins_after_it() -> None:
     assert session.report().total.skipped > 0
 
 
-@pytest.mark.parametrize("changes", [{}, {"selection": "threshold", "signal": "movement"}])
+@pytest.mark.parametrize("changes", [{"selection": "duty"}, {"selection": "threshold", "signal": "movement"}])
 def test_rows_are_stale_only_when_trained_and_never_for_ever(changes: dict[str, object]) -> None:
     tbe = make_tbe(ROWS, (8, 8))
     session = Slipstream(tbe, config(min_touches=20, **changes))
@@ -116,7 +118,7 @@ def test_settled_rows_are_chosen_before_moving_ones() -> None:
     """Rows 0-9 have a gradient that dies, rows 10-19 one that does not; both are looked up alike."""
     for signal in ("gain", "movement"):
         tbe = make_tbe((20,), (4,))
-        session = Slipstream(tbe, config(signal=signal, target_share=0.3, interval=20, warmup_steps=100))
+        session = Slipstream(tbe, config(selection="duty", signal=signal, target_share=0.3, interval=20, warmup_steps=100))
         for step in range(200):
             output = Lookups(torch.arange(20), torch.arange(21)).run(tbe)
             gradient = torch.ones_like(output)
@@ -145,7 +147,7 @@ def test_table_cap_and_excluded_table() -> None:
 def test_memory_budget_keeps_the_most_touched_rows() -> None:
     tbe = make_tbe(ROWS, (8, 8))
     row_bytes = 33 + 8 * 4
-    session = Slipstream(tbe, config(signal="movement", memory_bytes=row_bytes * 30, min_touches=1))
+    session = Slipstream(tbe, config(selection="duty", signal="movement", memory_bytes=row_bytes * 30, min_touches=1))
     train(tbe, session, range(100))
     pool = tracker_of(session)._tbes[0].pool
     touches = tracker_of(session).filters[0].touches
@@ -190,16 +192,17 @@ def test_counts_survive_the_limit_of_int32(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_sgd_falls_back_to_movement() -> None:
     tbe = make_tbe(ROWS, (8, 8), optimizer=EmbOptimType.EXACT_SGD)
-    session = Slipstream(tbe, config())
+    session = Slipstream(tbe, config(selection="duty"))
     train(tbe, session, range(200))
     assert session.report().measured_share == pytest.approx(0.5, abs=0.05)
+    assert isinstance(tracker_of(session)._tbes[0].signal, Movement)
 
 
 def test_several_collections_share_one_scale() -> None:
     """Two TBEs behind one session are decided as one: same share, spread by need."""
     model = nn.ModuleList([make_tbe(ROWS, (8, 8), seed=1), make_tbe(ROWS, (16, 16), seed=2)])
     filters = [UpdateFilter(one) for one in find_tbes(model)]
-    tracker = StalenessTracker(filters, config().staleness, lambda values: values)
+    tracker = StalenessTracker(filters, config(selection="duty").staleness, lambda values: values)
     for one in filters:
         one.attach()
     for step in range(200):

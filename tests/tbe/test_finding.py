@@ -95,7 +95,7 @@ def test_counter_based_regularisation_is_refused() -> None:
 def test_signal_that_the_optimizer_cannot_feed() -> None:
     model = nn.ModuleList([make_tbe(optimizer=EmbOptimType.EXACT_SGD)])
     with pytest.raises(AttachError, match=r"signal='gain'.*signal='movement'"):
-        Slipstream(model, SlipstreamConfig(staleness=StalenessConfig(signal="gain")))
+        Slipstream(model, SlipstreamConfig(staleness=StalenessConfig(selection="duty", signal="gain")))
     assert not hasattr(model[0], "_slipstream")
     Slipstream(model).detach()  # "auto" finds one that fits
 

@@ -47,6 +47,16 @@ class Compaction:
         return self._count
 
     @property
+    def full_offsets(self) -> Tensor:
+        """``[bags + 1]``, the offsets of the batch as a whole."""
+        return self._offsets
+
+    @property
+    def lookups(self) -> int:
+        """Number of look-ups of the batch as a whole."""
+        return self._running.numel() - 1
+
+    @property
     def positions(self) -> Tensor:
         """int64 ``[count]``, ascending positions of the live look-ups."""
         return self._positions.narrow(0, 0, self.count)

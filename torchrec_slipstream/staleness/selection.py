@@ -21,20 +21,19 @@ _LOWEST_OCTAVE = -80
 _BINS = 140 * _OCTAVE_BINS
 
 
-def duty_cycles(score: Tensor, rate: Tensor, target: Tensor, min_duty: float, total: Total) -> Tensor:
-    """Fraction of the steps in which each row is live: ``clamp(c * score, min_duty, 1)``, one ``c`` for all ranks.
-
-    ``c`` is found so that the look-ups left out, ``sum(rate * (1 - duty))`` over all ranks, reach the target.
+def proportional_scale(score: Tensor, rate: Tensor, target: Tensor, least: float, total: Total) -> float:
+    """The ``c`` for which ``sum(rate * (1 - clamp(c * score, least, 1)))`` over all ranks is the target.
 
     Args:
-        score: float32 ``[n]``, at least 0; NaN rows stay live.
-        rate: float32 ``[n]``, look-ups an interval.
-        target: float64 scalar, look-ups an interval to leave out, over all ranks.
-        min_duty: lower bound of a row's duty.
+        score: float32 ``[n]``, at least 0; NaN ones do not count.
+        rate: float32 ``[n]``, at least 0.
+        target: float64 scalar, over all ranks.
+        least: lower bound of what is multiplied with the rate, in ``[0, 1]``.
         total: sums over ranks.
 
     Returns:
-        float32 ``[n]`` in ``[min_duty, 1]``. Where even ``min_duty`` everywhere leaves out too little, that.
+        The scale, to within the 2% of a bin where scores saturate. Where even ``least`` everywhere leaves too little
+        for the target, a scale so small that it is ``least`` everywhere.
     """
     known = score.isfinite()
     clean = torch.where(known, score, 0.0)
@@ -55,13 +54,32 @@ def duty_cycles(score: Tensor, rate: Tensor, target: Tensor, min_duty: float, to
     low, high = -float(_BINS / _OCTAVE_BINS), 100.0
     for _ in range(45):
         middle = (low + high) / 2
-        duty = (means * 2.0**middle).clamp(min_duty, 1.0)
-        if float((weights * (1.0 - duty)).sum()) > wanted:
+        kept = (means * 2.0**middle).clamp(least, 1.0)
+        if float((weights * (1.0 - kept)).sum()) > wanted:
             low = middle
         else:
             high = middle
-    duty = (clean.double() * 2.0**high).clamp(min_duty, 1.0).float()
-    return torch.where(known, duty, 1.0)
+    return float(2.0**high)
+
+
+def duty_cycles(score: Tensor, rate: Tensor, target: Tensor, min_duty: float, total: Total) -> Tensor:
+    """Fraction of the steps in which each row is live, proportional to its score, one scale for all ranks.
+
+    The look-ups left out, ``sum(rate * (1 - duty))`` over all ranks, reach the target.
+
+    Args:
+        score: float32 ``[n]``, at least 0; NaN rows stay live.
+        rate: float32 ``[n]``, look-ups an interval.
+        target: float64 scalar, look-ups an interval to leave out, over all ranks.
+        min_duty: lower bound of a row's duty.
+        total: sums over ranks.
+
+    Returns:
+        float32 ``[n]`` in ``[min_duty, 1]``.
+    """
+    scale = proportional_scale(score, rate, target, min_duty, total)
+    duty = (score.double() * scale).clamp(min_duty, 1.0).float()
+    return torch.where(score.isfinite(), duty, 1.0)
 
 
 def quantile_threshold(score: Tensor, rate: Tensor, target: Tensor, total: Total) -> float:

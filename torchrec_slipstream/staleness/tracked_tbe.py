@@ -13,7 +13,7 @@ from torchrec_slipstream.staleness import selection
 from torchrec_slipstream.staleness.compaction import positions_of
 from torchrec_slipstream.staleness.pool import RowPool
 from torchrec_slipstream.staleness.signals import SIGNALS, RowView, Signal
-from torchrec_slipstream.tbe import UpdateFilter
+from torchrec_slipstream.tbe import Sampling, UpdateFilter
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _TOUCHES_LIMIT = 2**30
@@ -25,21 +25,11 @@ class TrackedTbe:
     def __init__(self, update_filter: UpdateFilter, config: StalenessConfig) -> None:
         self.filter = update_filter
         self.config = config
-        has_state = update_filter.squared_gradients() is not None
-        name = config.signal
-        if name == "auto":
-            name = "gain" if has_state else "movement"
-        self.signal: Signal = SIGNALS[name]()
-        tables = ", ".join(sorted({shard.table for shard in update_filter.shards}))
-        if self.signal.needs_state and not has_state:
-            raise AttachError(
-                f"table(s) {tables}: signal={name!r} reads the sum of squared gradients, which "
-                f"{update_filter.tbe.optimizer} does not keep; use signal='movement' or an Adagrad optimizer"
-            )
+        self.signal = _signal_for(update_filter, config)
         shards = update_filter.shards
         device = update_filter.device
         self.snapshot_dtype = _DTYPES[config.snapshot_dtype]
-        dims = [shard.dim if self.signal.needs_snapshot else 0 for shard in shards]
+        dims = [shard.dim if self.signal is not None and self.signal.needs_snapshot else 0 for shard in shards]
         self.pool = RowPool.empty(device, dims, self.snapshot_dtype)
         self.row_bytes = RowPool.STATE_BYTES + max(dims) * self.snapshot_dtype.itemsize
         self.capacity = 0
@@ -70,13 +60,16 @@ class TrackedTbe:
         pool.updates = torch.where(pool.fresh, pool.updates, pool.updates + new_updates)
         pool.seen = touches
         self.pool = pool
-        self._score(new_updates)
+        if self.signal is not None:
+            self._score(self.signal, new_updates)
 
     def _pool_rows(self) -> Tensor:
         """Ascending rows with enough touches, the most-touched ones where memory does not hold all."""
         least = -(-self.config.min_touches // self.config.count_every)
         touches = self.filter.touches
         rows = positions_of(touches >= least)
+        if self.config.selection == "sampling" and not self.filter.can_sample:
+            return rows[:0]
         for shard, left_alone in zip(self.filter.shards, self.excluded, strict=True):
             if left_alone:
                 rows = rows[(rows < shard.row_begin) | (rows >= shard.row_begin + shard.rows)]
@@ -93,9 +86,9 @@ class TrackedTbe:
             self.filter.touches[pool.rows[near]] -= _TOUCHES_LIMIT // 2
             pool.seen[near] -= _TOUCHES_LIMIT // 2
 
-    def _score(self, new_updates: Tensor) -> None:
+    def _score(self, signal: Signal, new_updates: Tensor) -> None:
         """Bring every row's signal up to date, and take the snapshots for the next."""
-        pool, signal = self.pool, self.signal
+        pool = self.pool
         bounds = pool.bounds(self.shard_begins)
         weights = self.filter.weights() if signal.needs_snapshot else None
         states = self.filter.squared_gradients() if signal.needs_state else None
@@ -145,6 +138,19 @@ class TrackedTbe:
         """bool ``[n]``, the rows whose turn it is to be live through the coming interval."""
         return (self.pool.rows + intervals) % self.config.thaw_every == 0
 
+    def apply_sampling(self, chosen: Sampling, left_out: float) -> Tensor:
+        """Let the look-ups of all pool rows be sampled; float64 ``[5]`` as :meth:`apply`.
+
+        ``left_out`` is the share of the pool's look-ups that the sampling is expected to leave out.
+        """
+        pool = self.pool
+        pool.duty = torch.full_like(pool.rate, 1.0 - left_out)
+        pool.thawed = torch.zeros_like(pool.thawed)
+        self.filter.set_patterns(pool.rows, torch.zeros_like(pool.rows, dtype=torch.uint8))
+        self.filter.sampling = chosen
+        rows = pool.rows.numel()
+        return torch.tensor([rows, rows, 0, 0, left_out * float(pool.rate.double().sum())], dtype=torch.float64)
+
     def apply(self, duty: Tensor, decision: int) -> Tensor:
         """Set the duties; float64 ``[5]``: rows in the pool, stale, thawed, refrozen, look-ups left out."""
         pool = self.pool
@@ -172,6 +178,7 @@ class TrackedTbe:
         bounds = self.pool.bounds(self.shard_begins)
         one = self.filter
         saved = {}
+        none = torch.empty(0, device=one.device)
         for i, shard in enumerate(one.shards):
             rows = slice(shard.row_begin, shard.row_begin + shard.rows)
             features = self._feature_table == i
@@ -182,6 +189,8 @@ class TrackedTbe:
                 "skipped": one.skipped[features],
                 "table_rate": self.table_rate[i].clone(),
                 "table_seen": self._table_seen[i].clone(),
+                # What the coming decision has seen of the gradients; with the first shard, as they are the TBE's.
+                "magnitudes": torch.cat([none, *(one.magnitudes if i == 0 else [])]),
                 **{
                     f"pool.{name}": value
                     for name, value in self.pool.state_of(bounds[i], bounds[i + 1], i, shard.row_begin).items()
@@ -203,6 +212,8 @@ class TrackedTbe:
                 if name == "pool.snapshots":
                     # A signal that needs no snapshot has none of any row.
                     shape = (saved["pool.rows"].numel() if columns.shape[1] else 0, columns.shape[1])
+                elif name == "magnitudes":
+                    shape = (saved[name].numel(),)
                 elif name.startswith("pool."):
                     shape = (saved["pool.rows"].numel(),)
                 if tuple(saved[name].shape) != shape:
@@ -234,4 +245,26 @@ class TrackedTbe:
             setattr(pool, name, torch.cat(values))
         pool.snapshots = [part["pool.snapshots"].to(one.device) for part in parts]
         self.pool = pool
+        one.magnitudes = [parts[0]["magnitudes"].to(one.device)] if parts[0]["magnitudes"].numel() else []
         one.any_stale = bool((one.patterns != selection.ALWAYS_LIVE).any())
+
+
+def _signal_for(update_filter: UpdateFilter, config: StalenessConfig) -> Signal | None:
+    """The signal that this TBE's rows are compared by; None where none is needed.
+
+    Raises AttachError if the signal reads optimizer state that the TBE's optimizer does not keep.
+    """
+    if config.selection == "sampling":
+        return None
+    has_state = update_filter.squared_gradients() is not None
+    name = config.signal
+    if name == "auto":
+        name = "gain" if has_state else "movement"
+    signal = SIGNALS[name]()
+    if signal.needs_state and not has_state:
+        tables = ", ".join(sorted({shard.table for shard in update_filter.shards}))
+        raise AttachError(
+            f"table(s) {tables}: signal={name!r} reads the sum of squared gradients, which "
+            f"{update_filter.tbe.optimizer} does not keep; use signal='movement' or an Adagrad optimizer"
+        )
+    return signal

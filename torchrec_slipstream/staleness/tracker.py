@@ -20,10 +20,12 @@ from torchrec_slipstream.errors import StateError
 from torchrec_slipstream.report.report import Decision
 from torchrec_slipstream.staleness import selection
 from torchrec_slipstream.staleness.tracked_tbe import TrackedTbe
-from torchrec_slipstream.tbe import UpdateFilter
+from torchrec_slipstream.tbe import Sampling, UpdateFilter
 
 # How strongly the share left out is pulled back to its target: half of what is owed, in the coming interval.
 _FEEDBACK = 0.5
+# Steps before a decision whose gradients it looks at.
+_WATCHED_STEPS = 4
 
 
 class StalenessTracker:
@@ -54,6 +56,10 @@ class StalenessTracker:
             tbe.capacity = config.memory_bytes * tbe.filter.patterns.numel() // max(1, rows) // tbe.row_bytes
         self._prepare_step()
 
+    @property
+    def _sampling(self) -> Sampling | None:
+        return self.filters[0].sampling if self.filters else None
+
     def step(self) -> None:
         """Call after every training step. At the end of an interval it decides."""
         began = time.perf_counter()
@@ -67,6 +73,11 @@ class StalenessTracker:
         for one in self.filters:
             one.phase = self.steps % selection.PHASES
             one.counting = self.steps % self.config.count_every == 0
+            one.step = self.steps
+            to_go = self.config.interval - self.steps % self.config.interval
+            one.watching = self.config.selection == "sampling" and to_go <= _WATCHED_STEPS
+            if to_go == min(_WATCHED_STEPS, self.config.interval):
+                one.magnitudes.clear()
 
     # ------------------------------------------------------------------------------------------- a decision
 
@@ -86,10 +97,14 @@ class StalenessTracker:
         owed = self.config.target_share * seen - skipped
         share = self.config.target_share + _FEEDBACK * owed / max(table_rate, 1.0)
         wanted = torch.tensor(min(max(share, 0.0), 0.99) * table_rate, dtype=torch.float64)
-        duties = self._choose_duties(wanted, table_rate)
         counts = torch.zeros(5, dtype=torch.float64)
-        for tbe, duty in zip(self._tbes, duties, strict=True):
-            counts += tbe.apply(duty, self._intervals)
+        if self.config.selection == "sampling":
+            chosen, left_out = self._choose_sampling(wanted)
+            for tbe in self._tbes:
+                counts += tbe.apply_sampling(chosen, left_out)
+        else:
+            for tbe, duty in zip(self._tbes, self._choose_duties(wanted, table_rate), strict=True):
+                counts += tbe.apply(duty, self._intervals)
         pool, stale, thawed, refrozen, left_out = self._total(counts.to(self._device)).tolist()
         self.decisions.append(
             Decision(
@@ -116,6 +131,27 @@ class StalenessTracker:
             sums[1] += tbe.filter.lookups.sum()
             sums[2] += tbe.filter.skipped.sum()
         return self._total(sums)
+
+    def _choose_sampling(self, wanted: Tensor) -> tuple[Sampling, float]:
+        """How to sample the pool's look-ups so that the wanted number is left out, and which share of them that is.
+
+        The gradients of the steps before stand for those to come, and stale look-ups for all of a sample's.
+        """
+        config = self.config
+        none = torch.empty(0, device=self._device)
+        magnitudes = torch.cat([none, *(m for one in self.filters for m in one.magnitudes)])
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        sums[0] = sum(tbe.pool.rate.double().sum() for tbe in self._tbes)
+        sums[1] = magnitudes.isfinite().sum()
+        pool_rate, watched = (float(value) for value in self._total(sums))
+        share = min(float(wanted) / max(pool_rate, 1.0), config.max_table_share, 1.0 - config.min_probability)
+        if watched == 0.0:
+            return Sampling(float("inf"), 1.0), 0.0  # no backward has shown its gradients: keep everything
+        target = torch.tensor(share * watched, dtype=torch.float64)
+        scale = selection.proportional_scale(
+            magnitudes, torch.ones_like(magnitudes), target, config.min_probability, self._total
+        )
+        return Sampling(scale, config.min_probability), share
 
     def _choose_duties(self, wanted: Tensor, table_rate: float) -> list[Tensor]:
         """Duty of every pool row of every TBE, before the cap a table."""
@@ -148,6 +184,7 @@ class StalenessTracker:
             "steps": self.steps,
             "intervals": self._intervals,
             "baseline": self._baseline,
+            "sampling": None if self._sampling is None else [self._sampling.scale, self._sampling.least],
             "decisions": [asdict(decision) for decision in self.decisions],
             "shards": shards,
         }
@@ -159,7 +196,7 @@ class StalenessTracker:
             StateError: other tables or shards, other sizes, or another configuration.
         """
         if missing := [
-            key for key in ("config", "steps", "intervals", "baseline", "decisions", "shards") if key not in state
+            key for key in ("config", "steps", "intervals", "baseline", "sampling", "decisions", "shards") if key not in state
         ]:
             raise StateError(f"the saved staleness state is incomplete: it lacks {missing}")
         shards = state["shards"]
@@ -185,4 +222,5 @@ class StalenessTracker:
         self.decisions = [Decision(**decision) for decision in state["decisions"]]
         for tbe in self._tbes:
             tbe.load(shards)
+            tbe.filter.sampling = None if state["sampling"] is None else Sampling(*state["sampling"])
         self._prepare_step()

@@ -13,6 +13,6 @@ untouched, and the backward's sort, gradient reads and row writes shrink with th
 """
 
 from torchrec_slipstream.tbe.finding import FoundTbe, TableShard, find_tbes
-from torchrec_slipstream.tbe.update_filter import UpdateFilter
+from torchrec_slipstream.tbe.update_filter import Sampling, UpdateFilter
 
-__all__ = ["FoundTbe", "TableShard", "UpdateFilter", "find_tbes"]
+__all__ = ["FoundTbe", "Sampling", "TableShard", "UpdateFilter", "find_tbes"]

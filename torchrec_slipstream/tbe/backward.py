@@ -24,6 +24,7 @@ class SavedLookups:
         self._weights = weights
         self._met: set[str] = set()
         self.compaction: Compaction | None = None
+        self._factor: Tensor | None = None
 
     def pack(self, tensor: Tensor) -> Tensor | tuple[str, Tensor]:
         tbe = self._tbe
@@ -42,8 +43,17 @@ class SavedLookups:
         if isinstance(packed, Tensor):
             return packed
         name, tensor = packed
-        assert self.compaction is not None  # set right after the forward, before any backward can run
-        return self.compaction.offsets() if name == "offsets" else self.compaction.take(tensor)
+        assert self.compaction is not None  # set after the forward, or by the hook that precedes this backward
+        if name == "offsets":
+            return self.compaction.offsets()
+        taken = self.compaction.take(tensor)
+        if name == "weights" and self._factor is not None:
+            taken = taken * self.compaction.take(self._factor)
+        return taken
+
+    def scale_weights(self, factor: Tensor) -> None:
+        """Let the backward see the per-sample weights times ``factor`` (float32 ``[look-ups]``)."""
+        self._factor = factor
 
     def check(self) -> None:
         """Fail in the forward, when nothing has changed yet, if FBGEMM did not save what we cut down."""

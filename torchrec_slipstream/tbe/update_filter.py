@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
-from torch import Tensor, nn
+from torch import Tensor
 
-from torchrec_slipstream.errors import AttachError, LookupRangeError
 from torchrec_slipstream.staleness.compaction import Compaction
 from torchrec_slipstream.staleness.selection import ALWAYS_LIVE
+from torchrec_slipstream.tbe import sampling
 from torchrec_slipstream.tbe.backward import SavedLookups, WeightGradient, prehook, scale_vbe, weight_gradient
-from torchrec_slipstream.tbe.finding import Attached, FoundTbe
+from torchrec_slipstream.tbe.class_swap import swap_in, swap_out
+from torchrec_slipstream.tbe.finding import FoundTbe
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Keep a stale look-up with probability ``clamp(scale * magnitude, least, 1)``; see ``tbe/sampling.py``."""
+
+    scale: float
+    least: float
 
 
 class UpdateFilter:
@@ -29,6 +39,9 @@ class UpdateFilter:
         phase: which bit counts, 0 to 7.
         touches: int32 ``[rows of the TBE]``, look-ups of every row in the steps for which ``counting`` was True.
         counting: whether the coming steps are counted in ``touches``.
+        sampling: None, or how to sample the look-ups of rows that are not live: a :class:`Sampling`.
+        watching: whether the coming backwards' gradient magnitudes are kept in ``magnitudes``.
+        step: number of the coming step; sampling draws by it.
         lookups, skipped: int64 ``[features]``, look-ups seen by training steps, and those left out.
     """
 
@@ -42,30 +55,31 @@ class UpdateFilter:
         self.phase = 0
         self.touches = torch.zeros(rows, dtype=torch.int32, device=self.device)
         self.counting = False
+        self.sampling: Sampling | None = None
+        self.watching = False
+        self.magnitudes: list[Tensor] = []
+        self.step = 0
+        self._draws = (0, 0)
         self.any_stale = False
         self.feature_table: list[int] = list(tbe.feature_table_map)
         features = len(self.feature_table)
         self._feature_begin = torch.tensor(
             [found.shards[t].row_begin for t in self.feature_table], dtype=torch.int64, device=self.device
         )
+        self._dims = [found.shards[t].dim for t in self.feature_table]
         self._feature_dims = torch.tensor(
-            [found.shards[t].dim for t in self.feature_table], dtype=torch.int64, device=self.device
+            self._dims, dtype=torch.int64, device=self.device
         )
         self.lookups = torch.zeros(features, dtype=torch.int64, device=self.device)
         self.skipped = torch.zeros(features, dtype=torch.int64, device=self.device)
 
     def attach(self) -> None:
         """Make the TBE use this filter from its next forward on."""
-        if isinstance(self.tbe, Attached):
-            raise AttachError("a Slipstream session is attached to this TBE already; detach() it first")
-        self.tbe.__dict__["_slipstream"] = self
-        self.tbe.__class__ = _filtered_class(type(self.tbe))
+        swap_in(self.tbe, self)
 
     def detach(self) -> None:
         """Make the TBE stock again. A backward that is still to come keeps what its forward decided."""
-        if isinstance(self.tbe, Attached):
-            self.tbe.__class__ = _stock_class(type(self.tbe))
-            del self.tbe.__dict__["_slipstream"]
+        swap_out(self.tbe)
 
     def set_patterns(self, rows: Tensor, patterns: Tensor) -> None:
         """Give ``rows`` (int64 ``[n]``, distinct) their ``patterns`` (uint8 ``[n]``); all other rows become live."""
@@ -95,6 +109,17 @@ class UpdateFilter:
         word = self.patterns.index_select(0, rows)
         return word.bitwise_and_(1 << self.phase).ne_(0).view(torch.bool)
 
+    @property
+    def can_sample(self) -> bool:
+        """Whether look-ups can be given weights in the backward without changing the forward.
+
+        A pooled look-up's weight travels as FBGEMM's per-sample weight, 1 in the forward: exact, but for mean pooling
+        into a 16-bit output on a CPU, where weights switch FBGEMM's division by the length off.
+        """
+        tbe = self.tbe
+        half_mean = tbe.pooling_mode == PoolingMode.MEAN and tbe.output_dtype != SparseType.FP32.as_int()
+        return not (half_mean and self.device.type == "cpu")
+
     # ----------------------------------------------------------------------------------------- one forward
 
     def forward(
@@ -118,12 +143,18 @@ class UpdateFilter:
         if not self.any_stale:
             output = stock(indices, offsets, per_sample_weights, **batch)
             self._observe()
+            if self.watching and output.grad_fn is not None:
+                layout = self._layout(batch_size_per_feature_per_rank, more)
+                prehook(output, lambda gradient: self._watch(sampling.magnitudes(gradient, layout), gradient))
             return output
         if per_sample_weights is not None:
             # The cast that FBGEMM would do, done here so that the saved tensor is recognised by identity.
             per_sample_weights = per_sample_weights.float()
         weights_differentiable = per_sample_weights is not None and per_sample_weights.requires_grad
         weights = per_sample_weights.detach() if per_sample_weights is not None else None
+        pooled = self.tbe.pooling_mode != PoolingMode.NONE
+        if self.sampling is not None and weights is None and pooled:
+            weights = torch.ones(indices.numel(), device=self.device)
         if weights is not None:
             # FBGEMM would compute the weights' gradient over the live look-ups only, in their shape.
             batch["feature_requires_grad"] = torch.zeros(len(self.feature_table), dtype=torch.int32, device=self.device)
@@ -135,32 +166,18 @@ class UpdateFilter:
             return output
         saved.check()
         rows, bounds = self._observe()
-        saved.compaction = compaction = Compaction(self.choose_live(rows), tbe._offsets)
-        self.skipped += bounds.diff() - compaction.live_before(bounds).diff()
-        self._mend_gradient(output, compaction, weights, batch_size_per_feature_per_rank, more)
+        live = self.choose_live(rows)
+        if self.sampling is not None:
+            layout = self._layout(batch_size_per_feature_per_rank, more)
+            self._sample_in_backward(output, saved, live, bounds, per_sample_weights is not None, layout)
+        else:
+            saved.compaction = compaction = Compaction(live, tbe._offsets)
+            self.skipped += bounds.diff() - compaction.live_before(bounds).diff()
+            self._mend_gradient(output, compaction, weights, batch_size_per_feature_per_rank, more)
         if weights_differentiable:
             gradient = weight_gradient(tbe, feature_requires_grad, batch_size_per_feature_per_rank, more)
             output = WeightGradient.apply(output, per_sample_weights, gradient)
         return output
-
-    def explain(self, indices: Tensor, offsets: Tensor, batch_sizes: list[list[int]] | None) -> str | None:
-        """If a look-up is out of its table's range, a message that says which; FBGEMM's own names neither."""
-        if self.device.type != "cpu":
-            return None  # the device's assertion has left it unusable
-        features = len(self.feature_table)
-        bags = (offsets.numel() - 1) // features
-        ends = 0
-        for feature, table in enumerate(self.feature_table):
-            begins, ends = ends, ends + (bags if batch_sizes is None else sum(batch_sizes[feature]))
-            looked_up = indices[int(offsets[begins]) : int(offsets[ends])]
-            shard = self.shards[table]
-            bad = looked_up[(looked_up < 0) | (looked_up >= shard.rows)]
-            if bad.numel():
-                return (
-                    f"table {shard.table}: look-up of row {int(bad[0])}, but it has rows 0 to {shard.rows - 1} on "
-                    "this rank. Nothing was updated. Hash or clip the ids into the table's range."
-                )
-        return None
 
     def _observe(self) -> tuple[Tensor, Tensor]:
         """Count the look-ups of the forward just run; their rows in the TBE's row space, and feature bounds."""
@@ -223,50 +240,64 @@ class UpdateFilter:
 
         prehook(output, mend)
 
+    # ----------------------------------------------------------------------------------------- sampling
 
-class _FilteredTbe(Attached):
-    """Mixin that the TBE's class gets while attached."""
+    def _layout(self, batch_sizes: list[list[int]] | None, more: dict[str, Any]) -> sampling.Layout:
+        return sampling.Layout(self.tbe.pooling_mode, self._dims, batch_sizes, more.get("vbe_output_offsets"))
 
-    _slipstream: UpdateFilter
+    def _watch(self, magnitudes: Tensor, gradient: Tensor) -> Tensor:
+        self.magnitudes.append(magnitudes)
+        return gradient
 
-    def forward(
+    def _sample_in_backward(
         self,
-        indices: Tensor,
-        offsets: Tensor,
-        per_sample_weights: Tensor | None = None,
-        feature_requires_grad: Tensor | None = None,
-        batch_size_per_feature_per_rank: list[list[int]] | None = None,
-        total_unique_indices: int | None = None,
-        **more: Any,
-    ) -> Tensor:
-        try:
-            return self._slipstream.forward(
-                super().forward,  # type: ignore[misc]  # the TBE's own class comes next in the order of resolution
-                indices,
-                offsets,
-                per_sample_weights,
-                feature_requires_grad,
-                batch_size_per_feature_per_rank,
-                **more,
-            )
-        except RuntimeError as error:
-            why = self._slipstream.explain(indices, offsets, batch_size_per_feature_per_rank)
-            if why is None:
-                raise
-            raise LookupRangeError(why) from error
+        output: Tensor,
+        saved: SavedLookups,
+        live: Tensor,
+        bounds: Tensor,
+        users_weights: bool,
+        layout: sampling.Layout,
+    ) -> None:
+        """Decide in the backward, when the gradient is there, which stale look-ups are kept, and at what weight."""
+        tbe, offsets, chosen, watching = self.tbe, self.tbe._offsets, self.sampling, self.watching
+        assert chosen is not None
+        step, draw = self.step, self._draws[1] + 1 if self._draws[0] == self.step else 0
+        self._draws = (step, draw)
+        name = self.shards[0].key
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        raise AttachError("a TBE with a Slipstream session attached cannot be copied; detach() the session first")
+        def sample(gradient: Tensor) -> Tensor:
+            magnitudes = sampling.magnitudes(gradient, layout)
+            if watching:
+                self.magnitudes.append(magnitudes)
+            probability = sampling.kept_probability(magnitudes, chosen.scale, chosen.least)
+            generator = sampling.generator_for(name, step, draw, self.device)
+            kept = torch.rand(probability.shape, generator=generator, device=self.device) < probability
+            # 0 for what is dropped, so that one expansion to the look-ups tells both.
+            stands_for = sampling.of_lookups(torch.where(kept, 1.0 / probability, 0.0), offsets, layout)
+            saved.compaction = compaction = Compaction(live | (stands_for > 0), offsets)
+            self.skipped += bounds.diff() - compaction.live_before(bounds).diff()
+            factor = torch.where(live, 1.0, stands_for)
+            if tbe.pooling_mode == PoolingMode.NONE:
+                moved = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+                kept_factor = compaction.take(factor)[:, None].to(gradient.dtype)
+                torch.mul(compaction.take(gradient), kept_factor, out=moved[: compaction.count])
+                return moved
+            if tbe.pooling_mode == PoolingMode.MEAN:
+                factor = factor * self._mean_weight(compaction, users_weights)
+            saved.scale_weights(factor)
+            return gradient
 
+        prehook(output, sample)
 
-_CLASSES: dict[type, type] = {}
+    def _mean_weight(self, compaction: Compaction, users_weights: bool) -> Tensor:
+        """What a look-up's weight in the backward must be for mean pooling, float32 ``[look-ups]``.
 
-
-def _filtered_class(stock: type) -> type:
-    if stock not in _CLASSES:
-        _CLASSES[stock] = type(f"Slipstream{stock.__name__}", (_FilteredTbe, stock), {"__module__": __name__})
-    return _CLASSES[stock]
-
-
-def _stock_class(filtered: type) -> type:
-    return filtered.__bases__[1]
+        Given weights, FBGEMM's CPU backward does not divide by the bag's length, its CUDA backward divides by the
+        compacted one. (With the user's weights the stock CPU backward does not divide either.)
+        """
+        lengths = compaction.full_offsets.diff()
+        if self.device.type == "cpu":
+            of_bag = torch.ones(lengths.numel()) if users_weights else (1.0 / lengths.double()).float()
+        else:
+            of_bag = compaction.offsets().diff() / lengths.clamp(min=1)
+        return torch.repeat_interleave(of_bag, lengths, output_size=compaction.lookups)

@@ -1,0 +1,94 @@
+"""Attaching in place: the TBE's class becomes a subclass of its own, as FSDP2's ``fully_shard`` does with modules.
+
+isinstance checks, ``state_dict``, ``flush`` and the fused optimizer see the stock TBE that they always saw.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from torchrec_slipstream.errors import AttachError, LookupRangeError
+from torchrec_slipstream.tbe.finding import TBE, Attached
+
+if TYPE_CHECKING:
+    from torchrec_slipstream.tbe.update_filter import UpdateFilter
+
+
+class _FilteredTbe(Attached):
+    """Mixin that the TBE's class gets while attached."""
+
+    _slipstream: UpdateFilter
+
+    def forward(
+        self,
+        indices: Tensor,
+        offsets: Tensor,
+        per_sample_weights: Tensor | None = None,
+        feature_requires_grad: Tensor | None = None,
+        batch_size_per_feature_per_rank: list[list[int]] | None = None,
+        total_unique_indices: int | None = None,
+        **more: Any,
+    ) -> Tensor:
+        try:
+            return self._slipstream.forward(
+                super().forward,  # type: ignore[misc]  # the TBE's own class comes next in the order of resolution
+                indices,
+                offsets,
+                per_sample_weights,
+                feature_requires_grad,
+                batch_size_per_feature_per_rank,
+                **more,
+            )
+        except RuntimeError as error:
+            why = _out_of_range(self._slipstream, indices, offsets, batch_size_per_feature_per_rank)
+            if why is None:
+                raise
+            raise LookupRangeError(why) from error
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        raise AttachError("a TBE with a Slipstream session attached cannot be copied; detach() the session first")
+
+
+_CLASSES: dict[type, type] = {}
+
+
+def swap_in(tbe: TBE, update_filter: UpdateFilter) -> None:
+    """Let the TBE's forward go through the filter. Raises AttachError if one is attached already."""
+    if isinstance(tbe, Attached):
+        raise AttachError("a Slipstream session is attached to this TBE already; detach() it first")
+    stock = type(tbe)
+    if stock not in _CLASSES:
+        _CLASSES[stock] = type(f"Slipstream{stock.__name__}", (_FilteredTbe, stock), {"__module__": __name__})
+    tbe.__dict__["_slipstream"] = update_filter
+    tbe.__class__ = _CLASSES[stock]
+
+
+def swap_out(tbe: TBE) -> None:
+    """Make the TBE stock again; nothing if it is."""
+    if isinstance(tbe, Attached):
+        tbe.__class__ = type(tbe).__bases__[1]
+        del tbe.__dict__["_slipstream"]
+
+
+def _out_of_range(
+    update_filter: UpdateFilter, indices: Tensor, offsets: Tensor, batch_sizes: list[list[int]] | None
+) -> str | None:
+    """If a look-up is out of its table's range, a message that says which; FBGEMM's own names neither."""
+    if update_filter.device.type != "cpu":
+        return None  # the device's assertion has left it unusable
+    features = len(update_filter.feature_table)
+    bags = (offsets.numel() - 1) // features
+    ends = 0
+    for feature, table in enumerate(update_filter.feature_table):
+        begins, ends = ends, ends + (bags if batch_sizes is None else sum(batch_sizes[feature]))
+        looked_up = indices[int(offsets[begins]) : int(offsets[ends])]
+        shard = update_filter.shards[table]
+        bad = looked_up[(looked_up < 0) | (looked_up >= shard.rows)]
+        if bad.numel():
+            return (
+                f"table {shard.table}: look-up of row {int(bad[0])}, but it has rows 0 to {shard.rows - 1} on "
+                "this rank. Nothing was updated. Hash or clip the ids into the table's range."
+            )
+    return None
