@@ -1,6 +1,6 @@
 """What does leaving out updates cost in AUC and log-loss, and is it less than leaving out as many blindly?
 
-    python -m benchmarks.convergence --data ../shared/data/criteo_tb_80k.parquet --seeds 8 --share 0.3 0.5 0.7 0.9 --json
+    python -m benchmarks.convergence --data day_0.parquet --seeds 8 --share 0.3 0.5 0.7 0.9 --json
 
 Trains examples/train_dlrm.py's model with nothing left out, with Slipstream's defaults and with controls. Runs of one
 seed start from the same weights and see the same samples in the same order, so their differences are paired. The
@@ -37,7 +37,16 @@ from examples.runtime import pick_device, process_group, quiet
 from examples.train_dlrm import Data, attach_slipstream, load_data, train
 
 # What is taken over to the main job's command line as it is.
-JOB_OPTIONS = ("data", "samples", "epochs", "batch_size", "embedding_dim", "learning_rate", "rows_per_table", "interval")
+JOB_OPTIONS = (
+    "data",
+    "samples",
+    "epochs",
+    "batch_size",
+    "embedding_dim",
+    "learning_rate",
+    "rows_per_table",
+    "interval",
+)
 
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
