@@ -52,8 +52,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     stale.add_argument("--skip-share", type=share, default=_STALENESS.target_share, help="of look-ups, after warm-up")
     stale.add_argument("--warmup-steps", type=at_least(0), help="before skipping begins (a quarter of the run)")
     stale.add_argument("--interval", type=at_least(1), default=_STALENESS.interval, help="steps between decisions")
-    stale.add_argument("--signal", choices=SIGNALS, default=_STALENESS.signal, help="what tells a stale row")
-    stale.add_argument("--selection", choices=SELECTIONS, default=_STALENESS.selection, help="duty cycle or threshold")
+    stale.add_argument("--min-probability", type=share, default=_STALENESS.min_probability, help="least (sampling)")
+    stale.add_argument("--signal", choices=SIGNALS, default=_STALENESS.signal, help="of rows (duty, threshold)")
+    stale.add_argument("--selection", choices=SELECTIONS, default=_STALENESS.selection, help="what is left out")
     stale.add_argument("--min-touches", type=at_least(1), default=_STALENESS.min_touches, help="look-ups before stale")
     stale.add_argument("--thaw-every", type=at_least(2), default=_STALENESS.thaw_every, help="intervals (threshold)")
     stale.add_argument("--count-every", type=at_least(1), default=_STALENESS.count_every, help="count every k-th step")
@@ -66,6 +67,7 @@ def staleness_config(args: argparse.Namespace, steps: int) -> StalenessConfig:
         target_share=args.skip_share,
         warmup_steps=steps // 4 if args.warmup_steps is None else args.warmup_steps,
         interval=args.interval,
+        min_probability=args.min_probability,
         signal=args.signal,
         selection=args.selection,
         min_touches=args.min_touches,
