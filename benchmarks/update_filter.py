@@ -9,7 +9,9 @@ filter is attached for its turn only, so memory and data are the same. The JSON'
                         stock: medians. ``overhead_at_0_mean`` is of means, so that the rare decisions count.
 ``speedup``             stock over filtered, medians, by share of look-ups whose rows are stale; random rows.
 ``speedup_popular``     the same where the stale rows are the most looked-up ones.
-``speedup_backward``    as ``speedup``, of the backward alone.
+``speedup_sampling``    the same where all rows are stale and this share of their look-ups is sampled away, as the
+                        default configuration does; what is kept is drawn, so this is not a part of ``exact``.
+``..._backward``        as the above, of the backward alone.
 ``measured_share``      the share of look-ups that was in fact left out.
 ``exact``               whether outputs and live rows equalled stock's bit for bit, and stale rows stood still.
 """
@@ -30,7 +32,10 @@ from benchmarks import harness
 from benchmarks.harness import Row, Timing, interleaved
 from benchmarks.tables import Sizes, choose_stale, count_lookups, find_difference, make_batches, make_filter, make_tbe
 from torchrec_slipstream import Slipstream, SlipstreamConfig, StalenessConfig
-from torchrec_slipstream.tbe import UpdateFilter
+from torchrec_slipstream.tbe import Sampling, UpdateFilter
+
+# What is left out, by the key under which its speedups stand.
+KINDS = {"speedup": "random rows", "speedup_popular": "most popular rows", "speedup_sampling": "sampling"}
 
 
 class Bench:
@@ -105,21 +110,27 @@ def measure_overhead(bench: Bench, rounds: int, warmup: int, count_every: int | 
 
 
 def measure_shares(
-    bench: Bench, shares: list[float], rounds: int, warmup: int, *, popular_first: bool
+    bench: Bench, shares: list[float], rounds: int, warmup: int, kind: str
 ) -> tuple[dict[str, Timing], dict[str, Timing], dict[str, UpdateFilter]]:
     """Stock and a filter a share: times of steps, of their backwards, and the filters with what they counted."""
-    filters = {
-        f"{share:g}": make_filter(
-            bench.tbe, choose_stale(bench.counts, share, popular_first=popular_first, seed=bench.sizes.seed)
-        )
-        for share in shares
-    }
+    filters = {f"{share:g}": _filter_for(bench, share, kind) for share in shares}
     bench.backward_seconds = {}
-    title = "most popular rows stale" if popular_first else "random rows stale"
     providers = bench.providers({"stock": None, **filters})
-    timings = interleaved(providers, rounds, warmup, device=bench.device, title=title)
+    timings = interleaved(providers, rounds, warmup, device=bench.device, title=kind)
     backward = {name: Timing(tuple(seconds[warmup:])) for name, seconds in bench.backward_seconds.items()}
     return timings, backward, filters
+
+
+def _filter_for(bench: Bench, share: float, kind: str) -> UpdateFilter:
+    if kind != "sampling":
+        popular_first = kind == "most popular rows"
+        return make_filter(
+            bench.tbe, choose_stale(bench.counts, share, popular_first=popular_first, seed=bench.sizes.seed)
+        )
+    update_filter = make_filter(bench.tbe, torch.ones(bench.counts.numel(), dtype=torch.bool))
+    # The samples' gradients are all of about one size here, so the scale is the share that is kept.
+    update_filter.sampling = Sampling(scale=1.0 - share, least=StalenessConfig().min_probability)
+    return update_filter
 
 
 def check_exact(bench: Bench, filters: list[UpdateFilter]) -> str | None:
@@ -200,15 +211,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "overhead_at_0_mean": overhead["session"].mean / overhead["stock"].mean,
     }
     measured, all_filters = {}, []
-    for popular_first, key in ((False, "speedup"), (True, "speedup_popular")):
-        steps, backward, filters = measure_shares(
-            bench, args.shares, args.rounds, args.warmup, popular_first=popular_first
-        )
+    for key, kind in KINDS.items():
+        steps, backward, filters = measure_shares(bench, args.shares, args.rounds, args.warmup, kind)
         result[key] = _ratios(steps)
         result[f"{key}_backward"] = _ratios(backward)
         measured[key] = {name: _share(one) for name, one in filters.items()}
         rows += _rows(f"update_filter.{key}", args, steps, measured_share=measured[key], speedup=result[key])
-        all_filters += list(filters.values())
+        if kind != "sampling":
+            all_filters += list(filters.values())
     result["measured_share"] = measured
     result["ms"] = {"stock": 1e3 * overhead["stock"].p50, "session": 1e3 * overhead["session"].p50}
     problem = check_exact(bench, all_filters)
@@ -225,12 +235,12 @@ def show(result: dict[str, Any]) -> str:
     lines = [
         f"nothing stale: {result['overhead_at_0']:.3f} of stock's step (means {result['overhead_at_0_mean']:.3f}), "
         f"{result['ms']['session']:.2f} against {result['ms']['stock']:.2f} ms",
-        f"{'stale look-ups':<16}{'random rows':>12}{'backward':>10}{'popular rows':>14}{'backward':>10}",
+        "stock's step over ours (its backward over ours):",
+        f"{'left out':<10}" + "".join(f"{kind:>20}" for kind in KINDS.values()),
     ]
     for share in result["speedup"]:
-        values = [result[key][share] for key in ("speedup", "speedup_backward", "speedup_popular")]
-        values.append(result["speedup_popular_backward"][share])
-        lines.append(f"{float(share):<16.0%}{values[0]:>11.2f}x{values[1]:>9.2f}x{values[2]:>13.2f}x{values[3]:>9.2f}x")
+        cells = [f"{result[key][share]:.2f} ({result[f'{key}_backward'][share]:.2f})" for key in KINDS]
+        lines.append(f"{float(share):<10.0%}" + "".join(f"{cell:>20}" for cell in cells))
     lines.append(f"exact: {'yes' if result['exact'] else 'NO'}")
     return "\n".join(lines)
 

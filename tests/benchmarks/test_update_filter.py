@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.tables import Sizes, choose_stale, count_lookups, make_batches
-from benchmarks.update_filter import main
+from benchmarks.update_filter import KINDS, main
 from torchrec_slipstream.tbe import UpdateFilter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,9 +32,11 @@ def test_it_ends_with_one_json_line_and_appends_to_the_csv(tmp_path: Path) -> No
     assert result["exact"] is True
     assert result["overhead_at_0"] > 0
     assert result["overhead_at_0_mean"] > 0
-    for key in ("speedup", "speedup_popular", "speedup_backward", "speedup_popular_backward"):
+    for key in (*KINDS, *(f"{kind}_backward" for kind in KINDS)):
         assert set(result[key]) == {"0.5", "0.95"}
         assert all(value > 0 for value in result[key].values())
+    sampled = result["measured_share"].pop("speedup_sampling")
+    assert sampled == pytest.approx({"0.5": 0.5, "0.95": 0.95}, abs=0.08), "drawn a sample, 64 a step"
     for shares in result["measured_share"].values():
         # Rows are stale or not as a whole, so a share is met from below, to within a popular row's.
         assert all(float(share) - 0.1 < measured <= float(share) for share, measured in shares.items()), shares
@@ -42,8 +44,7 @@ def test_it_ends_with_one_json_line_and_appends_to_the_csv(tmp_path: Path) -> No
     assert [(row["question"], row["provider"]) for row in rows] == [
         ("update_filter.overhead_at_0", "stock"),
         ("update_filter.overhead_at_0", "session"),
-        *[("update_filter.speedup", provider) for provider in ("stock", "filter 0.5", "filter 0.95")],
-        *[("update_filter.speedup_popular", provider) for provider in ("stock", "filter 0.5", "filter 0.95")],
+        *[(f"update_filter.{key}", one) for key in KINDS for one in ("stock", "filter 0.5", "filter 0.95")],
     ]
     assert {row["threads"] for row in rows} == {"1"}
     assert all(json.loads(row["quality"])["exact"] for row in rows)
