@@ -34,7 +34,12 @@ def uneven_gradient(output: Tensor, seed: int) -> Tensor:
 @pytest.mark.parametrize(
     ("pooling", "weighted", "variable"),
     [
-        *((pooling, w, v) for pooling in (PoolingMode.SUM, PoolingMode.MEAN) for w in (False, True) for v in (False, True)),
+        *(
+            (pooling, w, v)
+            for pooling in (PoolingMode.SUM, PoolingMode.MEAN)
+            for w in (False, True)
+            for v in (False, True)
+        ),
         (PoolingMode.NONE, False, False),
     ],
 )
@@ -164,3 +169,15 @@ def test_mean_pooling_into_sixteen_bits_is_not_sampled() -> None:
     live = torch.zeros(80, dtype=torch.bool)
     assert not filtered(half, live).can_sample
     assert filtered(make_tbe(pooling=PoolingMode.MEAN), live).can_sample
+
+
+def test_second_backward_through_a_retained_graph_counts_once() -> None:
+    tbe = make_tbe(ROWS)
+    update_filter = filtered(tbe, torch.zeros(80, dtype=torch.bool))
+    update_filter.sampling = Sampling(scale=1e-9, least=0.01)
+    loss = make_lookups(ROWS, (20, 20)).run(tbe).sum()
+    loss.backward(retain_graph=True)
+    once = update_filter.skipped.clone()
+    loss.backward()
+    assert int(once.sum()) > 0
+    assert torch.equal(update_filter.skipped, once)

@@ -295,3 +295,60 @@ def test_unknown_way_of_saving_fails_in_the_forward(monkeypatch: pytest.MonkeyPa
         make_lookups(ROWS, (4, 4)).run(tbe)
     for was, now in zip(before, table_states(tbe), strict=True):
         assert torch.equal(was[0], now[0])
+
+
+def test_more_arguments_by_position() -> None:
+    """FBGEMM's forward takes ten; TorchRec passes the later ones by name, others need not."""
+    stock, ours = (make_tbe(ROWS) for _ in range(2))
+    filtered(ours, random_live(0.5))
+    lookups = make_lookups(ROWS, (9, 9))
+    expected, output = (one(lookups.indices, lookups.offsets, *[None] * 8) for one in (stock, ours))
+    assert torch.equal(output, expected)
+    output.sum().backward()
+    with pytest.raises(TypeError):
+        ours(lookups.indices, lookups.offsets, *[None] * 9)
+
+
+def test_total_unique_indices_reaches_fbgemm(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = make_tbe(ROWS)
+    seen = []
+    stock = TBE.forward
+    monkeypatch.setattr(TBE, "forward", lambda *a, **k: (seen.append(k["total_unique_indices"]), stock(*a, **k))[1])
+    filtered(ours, random_live(0.5))
+    lookups = make_lookups(ROWS, (9, 9))
+    ours(lookups.indices, lookups.offsets, total_unique_indices=7)
+    ours(lookups.indices, lookups.offsets, None, None, None, 8)
+    assert seen == [7, 8]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_indices_longer_than_the_last_offset_says(weighted: bool) -> None:
+    """FBGEMM lets them pass where its bounds check is off, and reads no further than the offset."""
+    stock, ours = (make_tbe(ROWS, bounds_check_mode=BoundsCheckMode.NONE) for _ in range(2))
+    live = random_live(0.5)
+    update_filter = filtered(ours, live)
+    update_filter.counting = True
+    lookups = make_lookups(ROWS, (9, 9), weighted=weighted)
+    count = lookups.indices.numel()
+    lookups.indices = torch.cat([lookups.indices, torch.tensor([10**6, 3])])
+    if lookups.weights is not None:
+        lookups.weights = torch.cat([lookups.weights, torch.ones(2)])
+    compare_after_step(stock, ours, live, lookups)
+    assert int(update_filter.touches.sum()) == int(update_filter.lookups.sum()) == count
+
+
+@pytest.mark.parametrize("changed", ["indices", "weights"])
+def test_inplace_change_before_the_backward_is_refused_as_by_autograd(changed: str) -> None:
+    """Or a buffer that the user refills would send the gradient to other rows in silence."""
+    for attach in (False, True):
+        tbe = make_tbe(ROWS)
+        if attach:
+            filtered(tbe, random_live(0.5))
+        lookups = make_lookups(ROWS, (9, 9), weighted=True)
+        before = table_states(tbe)
+        output = lookups.run(tbe)
+        getattr(lookups, changed).zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+        for was, now in zip(before, table_states(tbe), strict=True):
+            assert torch.equal(was[0], now[0])

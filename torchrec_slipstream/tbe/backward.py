@@ -26,7 +26,7 @@ class SavedLookups:
         self.compaction: Compaction | None = None
         self._factor: Tensor | None = None
 
-    def pack(self, tensor: Tensor) -> Tensor | tuple[str, Tensor]:
+    def pack(self, tensor: Tensor) -> Tensor | tuple[str, Tensor, int]:
         tbe = self._tbe
         for name, ours in (
             ("offsets", tbe._offsets),
@@ -36,13 +36,19 @@ class SavedLookups:
         ):
             if ours is not None and ours.numel() > 0 and _same_memory(tensor, ours):
                 self._met.add(name)
-                return name, tensor
+                return name, tensor, tensor._version
         return tensor
 
-    def unpack(self, packed: Tensor | tuple[str, Tensor]) -> Tensor:
+    def unpack(self, packed: Tensor | tuple[str, Tensor, int]) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        name, tensor = packed
+        name, tensor, version = packed
+        # Autograd's own check does not see through hooks. FBGEMM's prefetching moves cache locations on purpose.
+        if tensor._version != version and name != "lxu_cache_locations":
+            raise RuntimeError(
+                f"the {name} of a look-up were modified by an inplace operation between its forward and its backward; "
+                "clone() them first"
+            )
         assert self.compaction is not None  # set after the forward, or by the hook that precedes this backward
         if name == "offsets":
             return self.compaction.offsets()

@@ -28,9 +28,13 @@ class _FilteredTbe(Attached):
         per_sample_weights: Tensor | None = None,
         feature_requires_grad: Tensor | None = None,
         batch_size_per_feature_per_rank: list[list[int]] | None = None,
-        total_unique_indices: int | None = None,
+        *rest: Any,
         **more: Any,
     ) -> Tensor:
+        if len(rest) > len(_MORE_ARGUMENTS):
+            raise TypeError(f"forward() takes at most {5 + len(_MORE_ARGUMENTS)} arguments, not {5 + len(rest)}")
+        # Named here, so that a call by position and one by name reach FBGEMM alike.
+        more |= zip(_MORE_ARGUMENTS, rest, strict=False)
         try:
             return self._slipstream.forward(
                 super().forward,  # type: ignore[misc]  # the TBE's own class comes next in the order of resolution
@@ -51,6 +55,14 @@ class _FilteredTbe(Attached):
         raise AttachError("a TBE with a Slipstream session attached cannot be copied; detach() the session first")
 
 
+# What FBGEMM's forward takes after those above, in its order (the same from 1.6 to 1.8).
+_MORE_ARGUMENTS = (
+    "total_unique_indices",
+    "hash_zch_identities",
+    "hash_zch_runtime_meta",
+    "vbe_output",
+    "vbe_output_offsets",
+)
 _CLASSES: dict[type, type] = {}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, PoolingMode
 from torch import Tensor
 
 from torchrec_slipstream.staleness.compaction import Compaction
@@ -67,9 +67,7 @@ class UpdateFilter:
             [found.shards[t].row_begin for t in self.feature_table], dtype=torch.int64, device=self.device
         )
         self._dims = [found.shards[t].dim for t in self.feature_table]
-        self._feature_dims = torch.tensor(
-            self._dims, dtype=torch.int64, device=self.device
-        )
+        self._feature_dims = torch.tensor(self._dims, dtype=torch.int64, device=self.device)
         self.lookups = torch.zeros(features, dtype=torch.int64, device=self.device)
         self.skipped = torch.zeros(features, dtype=torch.int64, device=self.device)
 
@@ -183,6 +181,9 @@ class UpdateFilter:
         """Count the look-ups of the forward just run; their rows in the TBE's row space, and feature bounds."""
         # What FBGEMM made of the arguments: casts done, out-of-range indices put right by its bounds check.
         indices, offsets = self.tbe._indices, self.tbe._offsets
+        if self.device.type == "cpu" and self.tbe.bounds_check_mode_int == BoundsCheckMode.NONE.value:
+            # Nothing refuses indices that are longer than the last offset says; FBGEMM does not read their end.
+            indices = indices[: int(offsets[-1])]
         bag_bounds = self.tbe._vbe_B_offsets
         if bag_bounds is not None and bag_bounds.numel() > 0:
             bounds = offsets.index_select(0, bag_bounds)
@@ -274,8 +275,11 @@ class UpdateFilter:
             kept = torch.rand(probability.shape, generator=generator, device=self.device) < probability
             # 0 for what is dropped, so that one expansion to the look-ups tells both.
             stands_for = sampling.of_lookups(torch.where(kept, 1.0 / probability, 0.0), offsets, layout)
+            # A second backward through a retained graph draws again, but these look-ups were seen once.
+            again = saved.compaction is not None
             saved.compaction = compaction = Compaction(live | (stands_for > 0), offsets)
-            self.skipped += bounds.diff() - compaction.live_before(bounds).diff()
+            if not again:
+                self.skipped += bounds.diff() - compaction.live_before(bounds).diff()
             factor = torch.where(live, 1.0, stands_for)
             if tbe.pooling_mode == PoolingMode.NONE:
                 moved = torch.empty_like(gradient, memory_format=torch.contiguous_format)
