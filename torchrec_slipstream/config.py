@@ -73,8 +73,9 @@ class StalenessConfig:
     """Under ``"threshold"``, a stale row is thawed for one interval in this many, a different part of the rows each
     interval. At least 2."""
 
-    count_every: int = 1
-    """Count the look-ups of every k-th step only, and take them k-fold. 1 counts every step."""
+    count_every: int = 4
+    """Count the look-ups of every k-th step only, and take them k-fold; 1 counts every step. Counting costs some
+    10 ns a look-up on a CPU (1.5 ms of a step of 106,000 look-ups)."""
 
     rate_decay: float = 0.5
     """Weight of the past in a row's look-up rate at each decision, in ``[0, 1)``."""

@@ -37,7 +37,7 @@ def train(tbe: TBE, session: Slipstream | None, steps: range) -> None:
 
 
 def config(**changes: object) -> SlipstreamConfig:
-    base = StalenessConfig(interval=10, warmup_steps=40, max_table_share=1.0)
+    base = StalenessConfig(interval=10, warmup_steps=40, max_table_share=1.0, count_every=1)
     return SlipstreamConfig(staleness=replace(base, **changes))  # type: ignore[arg-type]
 
 
