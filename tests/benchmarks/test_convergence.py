@@ -19,7 +19,10 @@ from torchrec_slipstream.staleness.selection import ALWAYS_LIVE
 
 TINY = ["--samples", "4000", "--rows-per-table", "100", "--batch-size", "50", "--embedding-dim", "8", "--interval", "8"]
 KEYS = {"auc_delta", "auc_delta_sd", "logloss_delta", "logloss_delta_sd", "measured_share", "tracker_share"}
-CONFIG = StalenessConfig(target_share=0.4, warmup_steps=5, interval=4, min_touches=3, max_table_share=1.0)
+# Every step is counted: from a sample of the steps, a row can be taken for trained that is not.
+CONFIG = StalenessConfig(
+    target_share=0.4, warmup_steps=5, interval=4, min_touches=3, max_table_share=1.0, count_every=1
+)
 
 
 def test_it_ends_with_one_json_line_and_appends_to_the_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
