@@ -159,7 +159,9 @@ def _share(one: UpdateFilter) -> float:
 
 def _rows(question: str, args: argparse.Namespace, timings: dict[str, Timing], **quality: Any) -> list[Row]:
     """One CSV row a provider, in milliseconds; ``quality`` maps a name to a value, or to a dict by provider."""
-    parameters = {**asdict(_sizes(args)), "rounds": args.rounds, "warmup": args.warmup}
+    parameters = {**asdict(_sizes(args)), "rounds": len(timings["stock"].samples), "warmup": args.warmup}
+    if "session" in timings:
+        parameters["count_every"] = args.count_every or StalenessConfig().count_every
     return [
         Row(
             question=question,

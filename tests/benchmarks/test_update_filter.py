@@ -48,6 +48,7 @@ def test_it_ends_with_one_json_line_and_appends_to_the_csv(tmp_path: Path) -> No
     ]
     assert {row["threads"] for row in rows} == {"1"}
     assert all(json.loads(row["quality"])["exact"] for row in rows)
+    assert [json.loads(row["parameters"])["rounds"] for row in rows[:3]] == [60, 60, 4]
     assert json.loads(rows[4]["parameters"])["share"] == 0.95
     assert json.loads(rows[4]["quality"])["speedup"] == result["speedup"]["0.95"]
 
