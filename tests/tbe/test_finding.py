@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     CounterBasedRegularizationDefinition,
@@ -110,3 +111,11 @@ def test_same_table_twice() -> None:
     model.a = nn.ModuleList([make_tbe((5, 5), (4, 4), table_names=["t", "t"])])
     with pytest.raises(AttachError, match="same shard"):
         find_tbes(model)
+
+
+def test_prefetch_pipeline_with_a_cache_is_refused() -> None:
+    tbe = make_tbe(prefetch_pipeline=True)
+    find_tbes(nn.ModuleList([tbe]))  # without a cache it does no harm
+    tbe.total_cache_hash_size = torch.tensor(80)
+    with pytest.raises(AttachError, match=r"table_0, table_1: prefetch_pipeline=True on a UVM-cached table"):
+        find_tbes(nn.ModuleList([tbe]))

@@ -178,6 +178,11 @@ def _why_not(tbe: nn.Module) -> str | None:
         return f"{type(tbe).__name__} is not FBGEMM's SplitTableBatchedEmbeddingBagsCodegen"
     if (why := _WHY_REFUSED.get(tbe.optimizer)) is not None:
         return f"optimizer {tbe.optimizer} cannot be filtered: {why}"
+    # FBGEMM's hook before the backward overwrites lxu_cache_locations with those of the batch's *distinct* rows, sorted
+    # (_update_cache_counter_and_locations), and the kernels take them by the run of a row (use_uniq_cache_locations in
+    # embedding_backward_split_template.cu). Cut down look-up by look-up they would name other rows' cache slots.
+    if tbe.use_uniq_cache_locations_bwd and int(tbe.total_cache_hash_size) > 0:
+        return "prefetch_pipeline=True on a UVM-cached table orders cache locations in a way the filter cannot follow"
     # Both keep a count of every row's updates and decay rows by it: a popular row left out would look rare.
     if tbe._used_rowwise_adagrad_with_counter:
         return "counter-based regularisation counts updates a row; left-out ones would make a row look rare"

@@ -88,7 +88,7 @@ def kept_probability(magnitude: Tensor, scale: float, least: float) -> Tensor:
     return torch.where(magnitude.isfinite(), probability, 1.0)
 
 
-def of_lookups(values: Tensor, offsets: Tensor, layout: Layout) -> Tensor:
+def of_lookups(values: Tensor, offsets: Tensor, layout: Layout, lookups: int) -> Tensor:
     """The values of samples or bags (as :func:`magnitudes` gives them) for each look-up: ``[look-ups]``."""
     if layout.pooling == PoolingMode.NONE:
         return values
@@ -97,7 +97,8 @@ def of_lookups(values: Tensor, offsets: Tensor, layout: Layout) -> Tensor:
     lengths = offsets.diff()
     count = int(offsets.shape[0]) - 1
     assert values.numel() == count
-    return torch.repeat_interleave(values, lengths)
+    # With the size given, a GPU does not stall to add the lengths up.
+    return torch.repeat_interleave(values, lengths, output_size=lookups)
 
 
 def generator_for(name: str, step: int, draw: int, device: torch.device) -> torch.Generator:

@@ -274,7 +274,7 @@ class UpdateFilter:
             generator = sampling.generator_for(name, step, draw, self.device)
             kept = torch.rand(probability.shape, generator=generator, device=self.device) < probability
             # 0 for what is dropped, so that one expansion to the look-ups tells both.
-            stands_for = sampling.of_lookups(torch.where(kept, 1.0 / probability, 0.0), offsets, layout)
+            stands_for = sampling.of_lookups(torch.where(kept, 1.0 / probability, 0.0), offsets, layout, live.numel())
             # A second backward through a retained graph draws again, but these look-ups were seen once.
             again = saved.compaction is not None
             saved.compaction = compaction = Compaction(live | (stands_for > 0), offsets)
