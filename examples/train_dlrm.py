@@ -209,6 +209,8 @@ def main(argv: list[str] | None = None) -> None:
     quiet()
     try:
         device = pick_device(args.device)
+        if args.compare or args.skip == "rows":
+            staleness_config(args, steps=0)  # its own checks, before data are loaded and a model is built
         data = load_data(args)
     except ValueError as error:
         raise SystemExit(f"train_dlrm: {error}") from error

@@ -11,17 +11,23 @@ from typing import Any
 import pytest
 import torch
 
+from examples import train_dlrm
 from examples.arguments import parse_arguments
 from examples.metrics import Evaluation
 from examples.runtime import process_group
-from examples.train_dlrm import main, show, train
+from examples.show import show
+from examples.timing import PARTS, StepClock
+from examples.train_dlrm import main, train
+from torchrec_slipstream import Report
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--rows-per-table", "200", "--embedding-dim", "8", "--dense-mlp", "16", "--over-mlp", "16"]
 CPU = torch.device("cpu")
 
 
-def run(arguments: list[str], *, ranks: int = 0, module: bool = False) -> subprocess.CompletedProcess[str]:
+def run(
+    arguments: list[str], *, ranks: int = 0, module: bool = False, script: str = "examples/train_dlrm.py"
+) -> subprocess.CompletedProcess[str]:
     """The script in processes of its own; `ranks` through torchrun."""
     command = [sys.executable]
     if ranks:
@@ -29,7 +35,7 @@ def run(arguments: list[str], *, ranks: int = 0, module: bool = False) -> subpro
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
-    command += ["-m", "examples.train_dlrm"] if module else ["examples/train_dlrm.py"]
+    command += ["-m", "examples.train_dlrm"] if module else [script]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
 
@@ -107,9 +113,80 @@ def test_compare_runs_every_mode_and_shows_them_side_by_side(
 ) -> None:
     main(quick("--compare", "--json", str(tmp_path / "all.json")))
     runs = json.loads((tmp_path / "all.json").read_text())
-    assert "off" in runs
+    assert list(runs) == ["off", "rows"]
     assert all(run["skip"] == mode for mode, run in runs.items())
-    assert show(runs) in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert show(runs) in printed
+    assert "      skip off     skip rows\n" in printed
+    assert "look-ups skipped                none" in printed
+    tables = printed.split("skip rows:\n")[1].splitlines()
+    for i in range(1, 27):
+        assert sum(line.split()[0].endswith(f".t_C{i}") for line in tables if line.strip()) == 1
+    assert sum(line.startswith("all tables") for line in tables) == 1
+
+
+def test_skipping_writes_its_report(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    main(quick("--skip", "rows", "--warmup-steps", "6", "--interval", "3", "--json", str(out)))
+    result = json.loads(out.read_text())
+    assert result["skip"] == "rows"
+    slipstream = result["slipstream"]
+    assert slipstream["steps"] == result["steps"] == 32
+    assert [d["step"] for d in slipstream["decisions"]] == list(range(6, 33, 3))
+    tables = slipstream["tables"].values()
+    assert len(tables) == 26
+    skipped, lookups = (sum(table[name] for table in tables) for name in ("skipped", "lookups"))
+    assert lookups == 32 * 50 * 26, "one look-up a feature and sample; the tests in between count for nothing"
+    assert 0 < skipped < lookups
+    assert slipstream["skipped_share"] == pytest.approx(skipped / lookups)
+    assert 0 < result["tracker_share"] < 1
+    assert str(Report.from_dict(slipstream)) in show({"rows": result})
+
+
+def test_parts_of_a_step_sum_to_the_whole() -> None:
+    with process_group(CPU):
+        args = parse_arguments(quick("--skip", "rows", "--warmup-steps", "6", "--interval", "3"))
+        kept: list[StepClock] = []
+        original = StepClock.milliseconds
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(StepClock, "milliseconds", lambda clock: (kept.append(clock), original(clock))[1])
+            result = train(args)
+    (clock,) = kept
+    assert len(clock.steps) == result["steps"]
+    assert set(clock._parts) == set(PARTS)
+    for step, whole in enumerate(clock.steps):
+        parts = [clock._parts[part][step] for part in PARTS]
+        assert min(parts) >= 0
+        assert sum(parts) == pytest.approx(whole)
+    for part in ("forward", "backward", "optimizer", "session"):
+        assert result["step_ms"][part] > 0
+
+
+@pytest.mark.slow
+def test_two_ranks_report_alike(tmp_path: Path) -> None:
+    code = (
+        "import json, os, sys, torch\n"
+        "from examples.arguments import parse_arguments\n"
+        "from examples.runtime import process_group\n"
+        "from examples.train_dlrm import train\n"
+        "with process_group(torch.device('cpu')) as (rank, _):\n"
+        "    report = train(parse_arguments(sys.argv[2:]))['slipstream']\n"
+        "    open(f'{sys.argv[1]}/{rank}.json', 'w').write(json.dumps(report))\n"
+    )
+    script = tmp_path / "reports.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}")
+    arguments = quick("--skip", "rows", "--warmup-steps", "4", "--interval", "2", "--sharding", "row_wise")
+    done = run([str(tmp_path), *arguments], ranks=2, script=str(script))
+    assert done.returncode == 0, done.stderr
+    reports = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    own = ("seconds", "tracker_seconds", "tracker_share")  # every rank has its own clock
+    for report in reports:
+        for name in own:
+            del report[name]
+        for decision in report["decisions"]:
+            del decision["seconds"]
+    assert reports[0] == reports[1]
+    assert reports[0]["skipped_share"] > 0
 
 
 def test_criteo_file_trains(tmp_path: Path) -> None:
@@ -153,9 +230,35 @@ def test_bad_data_ends_the_run_with_a_message(arguments: list[str], said: str) -
         main([*arguments, "--device", "cpu"])
 
 
+def test_bad_file_ends_the_run_with_a_message(tmp_path: Path) -> None:
+    path = tmp_path / "short.tsv"
+    path.write_text("1\t2\n")
+    with pytest.raises(SystemExit, match=r"train_dlrm: .*short.tsv: .*Expected 40 columns, got 2"):
+        main(["--data", str(path), "--skip", "rows", "--device", "cpu"])
+
+
+@pytest.mark.parametrize("mode", [["--skip", "rows"], ["--compare"]])
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--skip-share", "1"], r"target_share=1.0 must be a number in \[0.0, 1.0\)"),
+        (["--min-probability", "0"], "min_probability=0 would let a kept look-up stand for infinitely many"),
+    ],
+)
+def test_bad_staleness_ends_the_run_before_data_are_loaded(
+    mode: list[str], arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_dlrm, "load_data", lambda args: pytest.fail("data were loaded"))
+    with pytest.raises(SystemExit, match=f"train_dlrm: {said}"):
+        main([*mode, *arguments, "--device", "cpu"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--warmup-steps", "-1"], "--warmup-steps: is -1; give 0 or more"),
+        (["--interval", "0"], "--interval: is 0; give 1 or more"),
+        (["--thaw-every", "1"], "--thaw-every: is 1; give 2 or more"),
         (["--batch-size", "0"], "--batch-size: is 0; give 1 or more"),
         (["--train-share", "1.5"], "--train-share: is 1.5; give a number from 0 to 1"),
         (["--embedding-dim", "6"], "--embedding-dim: is 6; give a multiple of 4"),
