@@ -53,6 +53,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     stale.add_argument("--warmup-steps", type=at_least(0), help="before skipping begins (a quarter of the run)")
     stale.add_argument("--interval", type=at_least(1), default=_STALENESS.interval, help="steps between decisions")
     stale.add_argument("--min-probability", type=share, default=_STALENESS.min_probability, help="least (sampling)")
+    stale.add_argument("--tail-share", type=share, default=_STALENESS.tail_share, help="prefer rare rows (sampling)")
     stale.add_argument("--signal", choices=SIGNALS, default=_STALENESS.signal, help="of rows (duty, threshold)")
     stale.add_argument("--selection", choices=SELECTIONS, default=_STALENESS.selection, help="what is left out")
     stale.add_argument("--min-touches", type=at_least(1), default=_STALENESS.min_touches, help="look-ups before stale")
@@ -68,6 +69,7 @@ def staleness_config(args: argparse.Namespace, steps: int) -> StalenessConfig:
         warmup_steps=steps // 4 if args.warmup_steps is None else args.warmup_steps,
         interval=args.interval,
         min_probability=args.min_probability,
+        tail_share=args.tail_share,
         signal=args.signal,
         selection=args.selection,
         min_touches=args.min_touches,

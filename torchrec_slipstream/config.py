@@ -41,6 +41,12 @@ class StalenessConfig:
     """Under ``"sampling"``, the least probability of a look-up to be kept, in ``(0, 1]``; its inverse bounds how
     many look-ups a kept one may stand for."""
 
+    tail_share: float = 0.0
+    """Under ``"sampling"``, prefer look-ups that cost more time. The look-ups of a popular row share one row update in
+    a batch, those of a rare row have one each, so the least popular trained rows are sampled first, with up to this
+    share of their look-ups left out, and the popular ones stay live as far as the target allows. In ``[0, 1)``; 0
+    samples the look-ups of all trained rows alike, which costs the least in quality."""
+
     signal: str = "auto"
     """Under ``"duty"`` and ``"threshold"``, how far a row is from having settled, smaller is staler: ``"gain"`` (what
     the optimizer gained a look-up, ours, needs the Adagrad family), ``"movement"`` (largest movement of a dimension a
@@ -96,6 +102,7 @@ class StalenessConfig:
         _within("interval", self.interval, 1)
         _within("min_touches", self.min_touches, 1)
         _within("min_probability", self.min_probability, 0.0, 1.0)
+        _within("tail_share", self.tail_share, 0.0, 1.0, open_end=True)
         _within("min_duty", self.min_duty, 0.0, 1.0, open_end=True)
         _within("max_table_share", self.max_table_share, 0.0, 1.0)
         _within("search_window", self.search_window, 0.0, 1.0)

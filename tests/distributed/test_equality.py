@@ -19,7 +19,10 @@ SHARDINGS = ["table_wise", "row_wise", "column_wise"]
 
 
 def config(**changes: Any) -> SlipstreamConfig:
-    base: dict[str, Any] = {"interval": 5, "warmup_steps": 10, "max_table_share": 1.0}
+    # Duty cycles: which rows are live in a step is known before it, so that it can be compared row by row.
+    base: dict[str, Any] = {
+        "selection": "duty", "count_every": 1, "interval": 5, "warmup_steps": 10, "max_table_share": 1.0,
+    }  # fmt: skip
     return SlipstreamConfig(staleness=StalenessConfig(**{**base, **changes}))
 
 
@@ -89,6 +92,7 @@ def _train(rank: int, sharding: str, changes: dict[str, Any], steps: int) -> dic
         "stale": stale_scores,
         "live": live_scores,
         "share": report.measured_share,
+        "sampling": [(one.sampling.scale, one.sampling.least) for one in session._filters if one.sampling is not None],
         "decisions": [(d.step, d.pool_rows, d.stale_rows, d.measured_share) for d in report.decisions],
         "tables": {name: (t.rows, t.lookups, t.skipped) for name, t in report.tables.items()},
     }
@@ -119,7 +123,16 @@ def test_ranks_agree_on_one_threshold(search: str) -> None:
     assert max(stale) <= min(live)
 
 
-def _resume(rank: int, sharding: str, split: int, steps: int) -> int:
+@pytest.mark.parametrize("sharding", ["table_wise", "row_wise"])
+def test_ranks_agree_on_one_sampling(sharding: str) -> None:
+    first, second = run_ranks(2, _train, sharding, {"selection": "sampling"}, 60)
+    assert len({*first["sampling"], *second["sampling"]}) == 1
+    assert first["decisions"] == second["decisions"]
+    assert first["tables"] == second["tables"]
+    assert first["share"] == pytest.approx(0.5, abs=0.06)
+
+
+def _resume(rank: int, sharding: str, selection: str, split: int, steps: int) -> int:
     """Asserts equality; how many of this rank's rows are stale at the end."""
     stale = 0
 
@@ -130,14 +143,14 @@ def _resume(rank: int, sharding: str, split: int, steps: int) -> int:
                 session.step()
 
     whole = sharded(TwoCollections(), sharding)
-    uninterrupted = Slipstream(whole, config())
+    uninterrupted = Slipstream(whole, config(selection=selection))
     run(whole, uninterrupted, range(steps))
     first = sharded(TwoCollections(), sharding)
-    session = Slipstream(first, config())
+    session = Slipstream(first, config(selection=selection))
     run(first, session, range(split))
     saved = copy.deepcopy((first.state_dict(), first.fused_optimizer.state_dict(), session.state_dict()))
     second = sharded(TwoCollections(), sharding, seed=5)
-    resumed = Slipstream(second, config())
+    resumed = Slipstream(second, config(selection=selection))
     second.load_state_dict(saved[0])
     second.fused_optimizer.load_state_dict(saved[1])
     resumed.load_state_dict(saved[2])
@@ -151,8 +164,9 @@ def _resume(rank: int, sharding: str, split: int, steps: int) -> int:
 
 
 @pytest.mark.parametrize("sharding", ["table_wise", "row_wise"])
-def test_resumed_run_on_two_ranks(sharding: str) -> None:
-    assert sum(run_ranks(2, _resume, sharding, 33, 50)) > 0
+@pytest.mark.parametrize("selection", ["sampling", "duty"])
+def test_resumed_run_on_two_ranks(sharding: str, selection: str) -> None:
+    assert sum(run_ranks(2, _resume, sharding, selection, 33, 50)) > 0
 
 
 def _keys(rank: int, sharding: str) -> list[str]:

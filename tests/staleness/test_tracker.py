@@ -52,6 +52,7 @@ def tracker_of(session: Slipstream) -> StalenessTracker:
         {"target_share": 0.3},
         {"target_share": 0.8},
         {"count_every": 3},
+        {"tail_share": 0.8},
         {"selection": "duty"},
         {"selection": "duty", "normalise_tables": True},
         {"selection": "duty", "signal": "movement"},
@@ -142,6 +143,31 @@ def test_table_cap_and_excluded_table() -> None:
     tables = session.report().tables
     assert tables["small"].skipped == 0
     assert tables["big"].skipped > 0
+
+
+def test_tail_share_leaves_the_most_popular_rows_live() -> None:
+    """At the same share of look-ups, more rows go unwritten in a step."""
+
+    def rows_left_out(tail_share: float) -> tuple[int, float, Tensor]:
+        tbe = make_tbe(ROWS, (8, 8))
+        session = Slipstream(tbe, config(tail_share=tail_share, target_share=0.4))
+        train(tbe, session, range(300))
+        one = tracker_of(session).filters[0]
+        unwritten = 0
+        for step in range(300, 320):
+            before = [state[0] for state in table_states(tbe)]
+            looked_up = torch.cat([lookups_of(step).indices[:60], 400 + lookups_of(step).indices[60:]]).unique()
+            train(tbe, session, range(step, step + 1))
+            after = [state[0] for state in table_states(tbe)]
+            moved = torch.cat([(a != b).any(dim=1) for a, b in zip(after, before, strict=True)])
+            unwritten += int((~moved[looked_up]).sum())
+        return unwritten, session.report().measured_share, one.patterns
+
+    alike, share_alike, _ = rows_left_out(0.0)
+    tail, share_tail, patterns = rows_left_out(0.8)
+    assert share_tail == pytest.approx(share_alike, abs=0.03)
+    assert tail > 1.1 * alike
+    assert patterns[0] == 255, "row 0 is the most popular"
 
 
 def test_memory_budget_keeps_the_most_touched_rows() -> None:

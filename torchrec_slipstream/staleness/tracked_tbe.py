@@ -138,18 +138,22 @@ class TrackedTbe:
         """bool ``[n]``, the rows whose turn it is to be live through the coming interval."""
         return (self.pool.rows + intervals) % self.config.thaw_every == 0
 
-    def apply_sampling(self, chosen: Sampling, left_out: float) -> Tensor:
-        """Let the look-ups of all pool rows be sampled; float64 ``[5]`` as :meth:`apply`.
+    def apply_sampling(self, chosen: Sampling, left_out: float, popular: float) -> Tensor:
+        """Let the look-ups of the pool's rows be sampled; float64 ``[5]`` as :meth:`apply`.
 
-        ``left_out`` is the share of the pool's look-ups that the sampling is expected to leave out.
+        ``left_out`` is the share of the sampled rows' look-ups that is expected to be left out, ``popular`` the
+        look-ups an interval from which on a row stays live.
         """
         pool = self.pool
-        pool.duty = torch.full_like(pool.rate, 1.0 - left_out)
-        pool.thawed = torch.zeros_like(pool.thawed)
-        self.filter.set_patterns(pool.rows, torch.zeros_like(pool.rows, dtype=torch.uint8))
+        sampled = pool.rate < popular
+        was_stale = pool.duty < 1.0
+        pool.duty = torch.where(sampled, 1.0 - left_out, 1.0)
+        stale = pool.duty < 1.0
+        refrozen = stale & pool.thawed
+        pool.thawed = was_stale & ~stale
+        self.filter.set_patterns(pool.rows[sampled], torch.zeros_like(pool.rows[sampled], dtype=torch.uint8))
         self.filter.sampling = chosen
-        rows = pool.rows.numel()
-        return torch.tensor([rows, rows, 0, 0, left_out * float(pool.rate.double().sum())], dtype=torch.float64)
+        return self._counts(stale, refrozen)
 
     def apply(self, duty: Tensor, decision: int) -> Tensor:
         """Set the duties; float64 ``[5]``: rows in the pool, stale, thawed, refrozen, look-ups left out."""
@@ -161,16 +165,13 @@ class TrackedTbe:
         pool.thawed = was_stale & ~stale
         pool.duty = duty
         self.filter.set_patterns(pool.rows, selection.step_patterns(duty, pool.rows, decision))
-        return torch.tensor(
-            [
-                pool.rows.numel(),
-                int(stale.sum()),
-                int(pool.thawed.sum()),
-                int(refrozen.sum()),
-                float((pool.rate.double() * (1.0 - duty.double())).sum()),
-            ],
-            dtype=torch.float64,
-        )
+        return self._counts(stale, refrozen)
+
+    def _counts(self, stale: Tensor, refrozen: Tensor) -> Tensor:
+        pool = self.pool
+        left_out = float((pool.rate.double() * (1.0 - pool.duty.double())).sum())
+        rows = [pool.rows.numel(), int(stale.sum()), int(pool.thawed.sum()), int(refrozen.sum())]
+        return torch.tensor([*rows, left_out], dtype=torch.float64)
 
     # ------------------------------------------------------------------------------------------- its state
 

@@ -99,9 +99,9 @@ class StalenessTracker:
         wanted = torch.tensor(min(max(share, 0.0), 0.99) * table_rate, dtype=torch.float64)
         counts = torch.zeros(5, dtype=torch.float64)
         if self.config.selection == "sampling":
-            chosen, left_out = self._choose_sampling(wanted)
+            chosen, left_out, popular = self._choose_sampling(wanted)
             for tbe in self._tbes:
-                counts += tbe.apply_sampling(chosen, left_out)
+                counts += tbe.apply_sampling(chosen, left_out, popular)
         else:
             for tbe, duty in zip(self._tbes, self._choose_duties(wanted, table_rate), strict=True):
                 counts += tbe.apply(duty, self._intervals)
@@ -132,26 +132,34 @@ class StalenessTracker:
             sums[2] += tbe.filter.skipped.sum()
         return self._total(sums)
 
-    def _choose_sampling(self, wanted: Tensor) -> tuple[Sampling, float]:
-        """How to sample the pool's look-ups so that the wanted number is left out, and which share of them that is.
+    def _choose_sampling(self, wanted: Tensor) -> tuple[Sampling, float, float]:
+        """How to sample so that the wanted number of look-ups is left out.
 
         The gradients of the steps before stand for those to come, and stale look-ups for all of a sample's.
+
+        Returns:
+            The sampling, the share of the sampled rows' look-ups that it leaves out, and the look-ups an interval up
+            to which a row is sampled.
         """
         config = self.config
         none = torch.empty(0, device=self._device)
         magnitudes = torch.cat([none, *(m for one in self.filters for m in one.magnitudes)])
+        rate = torch.cat([none, *(tbe.pool.rate for tbe in self._tbes)])
+        popular = float("inf")
+        if config.tail_share > 0.0:
+            popular = selection.quantile_threshold(rate, rate, wanted / config.tail_share, self._total)
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        sums[0] = sum(tbe.pool.rate.double().sum() for tbe in self._tbes)
+        sums[0] = rate[rate < popular].double().sum()
         sums[1] = magnitudes.isfinite().sum()
-        pool_rate, watched = (float(value) for value in self._total(sums))
-        share = min(float(wanted) / max(pool_rate, 1.0), config.max_table_share, 1.0 - config.min_probability)
+        sampled_rate, watched = (float(value) for value in self._total(sums))
+        share = min(float(wanted) / max(sampled_rate, 1.0), config.max_table_share, 1.0 - config.min_probability)
         if watched == 0.0:
-            return Sampling(float("inf"), 1.0), 0.0  # no backward has shown its gradients: keep everything
+            return Sampling(float("inf"), 1.0), 0.0, popular  # no backward has shown its gradients: keep everything
         target = torch.tensor(share * watched, dtype=torch.float64)
         scale = selection.proportional_scale(
             magnitudes, torch.ones_like(magnitudes), target, config.min_probability, self._total
         )
-        return Sampling(scale, config.min_probability), share
+        return Sampling(scale, config.min_probability), share, popular
 
     def _choose_duties(self, wanted: Tensor, table_rate: float) -> list[Tensor]:
         """Duty of every pool row of every TBE, before the cap a table."""
