@@ -22,7 +22,7 @@ class Sizes:
     """How much there is to look up.
 
     ``tables`` of ``rows`` x ``dim`` float32; ``batch`` bags a table and step, one look-up each; ``zipf`` the exponent
-    of the rows' popularity; ``batches`` different ones, prepared ahead.
+    of the ids' popularity; ``batches`` different ones, prepared ahead.
     """
 
     tables: int = 26
@@ -59,16 +59,13 @@ def make_tbe(sizes: Sizes, device: str = "cpu") -> SplitTableBatchedEmbeddingBag
 def make_batches(sizes: Sizes, device: str = "cpu") -> tuple[list[Tensor], Tensor]:
     """(int64 ``[tables * batch]`` a batch, table-major; the offsets that all share).
 
-    A row's popularity has nothing to do with its place: every table has its own permutation.
+    Ids follow a Zipf law without an end and are hashed into the tables, as a production job's are. A row's popularity has nothing to do with its place: every table has its own permutation.
     """
     generator = np.random.default_rng(sizes.seed)
-    popularity = np.arange(1, sizes.rows + 1, dtype=np.float64) ** -sizes.zipf
-    cumulative = np.cumsum(popularity)
     indices = np.empty((sizes.batches, sizes.tables, sizes.batch), dtype=np.int64)
     for table in range(sizes.tables):
-        drawn = generator.random((sizes.batches, sizes.batch)) * cumulative[-1]
-        ranks = np.searchsorted(cumulative, drawn, side="right").clip(max=sizes.rows - 1)
-        indices[:, table] = generator.permutation(sizes.rows)[ranks]
+        ids = generator.zipf(sizes.zipf, (sizes.batches, sizes.batch)) - 1
+        indices[:, table] = generator.permutation(sizes.rows)[ids % sizes.rows]
     offsets = torch.arange(sizes.tables * sizes.batch + 1, device=device)
     return [torch.from_numpy(batch.ravel()).to(device) for batch in indices], offsets
 
@@ -82,13 +79,13 @@ def count_lookups(sizes: Sizes, batches: list[Tensor]) -> Tensor:
     return counts
 
 
-def choose_stale(counts: Tensor, share: float, *, popular_first: bool, seed: int = 0) -> Tensor:
+def choose_stale(counts: Tensor, share: float, order_by: str, *, seed: int = 0) -> Tensor:
     """bool ``[rows]``: rows with at most ``share`` of the look-ups, as near to it as whole rows allow.
 
-    At random, or the most looked-up ones first.
+    ``order_by`` says which come first: "popular", "rare" or "random".
     """
-    if popular_first:
-        order = counts.argsort(descending=True)
+    if order_by != "random":
+        order = counts.argsort(descending=order_by == "popular")
     else:
         order = torch.randperm(counts.numel(), generator=torch.Generator().manual_seed(seed))
     fits = counts[order].cumsum(0) <= share * float(counts.sum())

@@ -9,7 +9,7 @@ filter is attached for its turn only, so memory and data are the same. The JSON'
                         stock: medians. ``overhead_at_0_mean`` is of means, so that the rare decisions count.
 ``speedup``             stock over filtered, medians, by share of look-ups whose rows are stale; random rows.
 ``speedup_popular``     the same where the stale rows are the most looked-up ones.
-``speedup_sampling``    the same where all rows are stale and this share of their look-ups is sampled away, as the
+``speedup_sampling``    the same where this share of all look-ups is sampled away from the least popular rows, as the
                         default configuration does; what is kept is drawn, so this is not a part of ``exact``.
 ``..._backward``        as the above, of the backward alone.
 ``measured_share``      the share of look-ups that was in fact left out.
@@ -123,13 +123,14 @@ def measure_shares(
 
 def _filter_for(bench: Bench, share: float, kind: str) -> UpdateFilter:
     if kind != "sampling":
-        popular_first = kind == "most popular rows"
-        return make_filter(
-            bench.tbe, choose_stale(bench.counts, share, popular_first=popular_first, seed=bench.sizes.seed)
-        )
-    update_filter = make_filter(bench.tbe, torch.ones(bench.counts.numel(), dtype=torch.bool))
+        order_by = "popular" if kind == "most popular rows" else "random"
+        return make_filter(bench.tbe, choose_stale(bench.counts, share, order_by, seed=bench.sizes.seed))
+    # As the tracker does by default: the least popular rows, as many as it takes at tail_share.
+    defaults = StalenessConfig()
+    sampled = min(1.0, share / defaults.tail_share) if defaults.tail_share else 1.0
+    update_filter = make_filter(bench.tbe, choose_stale(bench.counts, sampled, "rare"))
     # The samples' gradients are all of about one size here, so the scale is the share that is kept.
-    update_filter.sampling = Sampling(scale=1.0 - share, least=StalenessConfig().min_probability)
+    update_filter.sampling = Sampling(scale=1.0 - share / sampled, least=defaults.min_probability)
     return update_filter
 
 

@@ -100,9 +100,9 @@ def test_stale_rows_are_chosen_by_share_and_by_popularity() -> None:
     # Zipf 1.2 over 500 rows gives the first 25.4% of the look-ups.
     assert counts.max() / (8 * 128) == pytest.approx(0.254, abs=0.05)
     for share in (0.5, 0.95):
-        popular = choose_stale(counts, share, popular_first=True)
-        random = choose_stale(counts, share, popular_first=False)
+        popular = choose_stale(counts, share, "popular")
+        random = choose_stale(counts, share, "random")
         assert counts[popular].min() >= counts[~popular].max()
         assert counts[popular].sum() <= share * counts.sum()
         assert random.sum() > 1.5 * popular.sum()
-        assert not torch.equal(random, choose_stale(counts, share, popular_first=False, seed=1))
+        assert not torch.equal(random, choose_stale(counts, share, "random", seed=1))
