@@ -95,6 +95,7 @@ def interleaved(
     *,
     device: str = "cpu",
     title: str = "rounds",
+    before: Callable[[str, int], None] | None = None,
 ) -> dict[str, Timing]:
     """Time the providers in turns, so that whatever else the machine does hits all alike.
 
@@ -104,6 +105,7 @@ def interleaved(
     Args:
         rounds: measured rounds, 1 or more.
         warmup: rounds before them that are thrown away.
+        before: called with the provider's name and the round before each turn, and not timed.
     """
     if rounds < 1 or warmup < 0 or not providers:
         raise ValueError(f"rounds={rounds}, warmup={warmup}, {len(providers)} providers: give 1 or more, 0, 1 or more")
@@ -112,6 +114,8 @@ def interleaved(
     for turn in tqdm(range(warmup + rounds), desc=title, unit="round", file=sys.stderr):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
+            if before is not None:
+                before(name, turn)
             _wait(device)
             began = time.perf_counter()
             providers[name](turn)

@@ -27,7 +27,7 @@ class Sizes:
 
     tables: int = 26
     rows: int = 200_000
-    dim: int = 64
+    dim: int = 16
     batch: int = 4096
     zipf: float = 1.2
     batches: int = 32
@@ -59,7 +59,8 @@ def make_tbe(sizes: Sizes, device: str = "cpu") -> SplitTableBatchedEmbeddingBag
 def make_batches(sizes: Sizes, device: str = "cpu") -> tuple[list[Tensor], Tensor]:
     """(int64 ``[tables * batch]`` a batch, table-major; the offsets that all share).
 
-    Ids follow a Zipf law without an end and are hashed into the tables, as a production job's are. A row's popularity has nothing to do with its place: every table has its own permutation.
+    Ids follow a Zipf law without an end and are hashed into the tables, as a production job's are. A row's popularity
+    has nothing to do with its place: every table has its own permutation.
     """
     generator = np.random.default_rng(sizes.seed)
     indices = np.empty((sizes.batches, sizes.tables, sizes.batch), dtype=np.int64)

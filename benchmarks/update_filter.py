@@ -12,6 +12,7 @@ filter is attached for its turn only, so memory and data are the same. The JSON'
 ``speedup_sampling``    the same where this share of all look-ups is sampled away from the least popular rows, as the
                         default configuration does; what is kept is drawn, so this is not a part of ``exact``.
 ``..._backward``        as the above, of the backward alone.
+``speedup_by_dim``      ``speedup`` at other embedding dims.
 ``measured_share``      the share of look-ups that was in fact left out.
 ``exact``               whether outputs and live rows equalled stock's bit for bit, and stale rows stood still.
 """
@@ -23,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,28 +60,50 @@ class Bench:
         output.backward(self.gradient)
         self.backward_seconds.setdefault(name, []).append(time.perf_counter() - began)
 
-    def providers(self, filters: dict[str, UpdateFilter | None]) -> dict[str, Callable[[int], None]]:
-        """A provider a filter; None is stock.
+    def time(
+        self,
+        filters: dict[str, UpdateFilter | None],
+        rounds: int,
+        warmup: int,
+        title: str,
+        after_step: Callable[[str], None] = lambda name: None,
+    ) -> dict[str, Timing]:
+        """Times of a step with each filter (None is stock) and what is to be done after it.
 
         In one round they get different batches, so that none finds its rows in the cache because another has just
-        used them; over the rounds all get all batches.
+        used them; over the rounds all get all batches. A step that is not timed follows each change of the TBE's
+        class: Python forgets what it had learnt of the class's methods, which costs that step 2%; users attach once.
         """
-
-        def provider(name: str, update_filter: UpdateFilter | None, shift: int) -> Callable[[int], None]:
-            def run(turn: int) -> None:
-                if update_filter is None:
-                    self.step(name, turn + shift)
-                    return
-                update_filter.attach()
-                try:
-                    self.step(name, turn + shift)
-                finally:
-                    update_filter.detach()
-
-            return run
-
         apart = max(1, len(self.batches) // len(filters))
-        return {name: provider(name, one, i * apart) for i, (name, one) in enumerate(filters.items())}
+        shift = {name: i * apart for i, name in enumerate(filters)}
+        attached: list[UpdateFilter] = []
+
+        def before(name: str, turn: int) -> None:
+            while attached:
+                attached.pop().detach()
+            if (update_filter := filters[name]) is not None:
+                update_filter.attach()
+                attached.append(update_filter)
+            counts = self.backward_seconds
+            self.backward_seconds = {}
+            self.step(name, turn + shift[name] + apart // 2)
+            self.backward_seconds = counts
+
+        def run(name: str, turn: int) -> None:
+            self.step(name, turn + shift[name])
+            after_step(name)
+
+        timings = interleaved(
+            {name: partial(run, name) for name in filters},
+            rounds,
+            warmup,
+            device=self.device,
+            title=title,
+            before=before,
+        )
+        while attached:
+            attached.pop().detach()
+        return timings
 
 
 def measure_overhead(bench: Bench, rounds: int, warmup: int, count_every: int | None) -> dict[str, Timing]:
@@ -91,22 +115,12 @@ def measure_overhead(bench: Bench, rounds: int, warmup: int, count_every: int | 
     # A session attaches for good; here it must step aside for stock's turns.
     (update_filter,) = session._filters
     update_filter.detach()
-    providers = bench.providers({"stock": None, "session": update_filter})
-    filtered_step = providers["session"]
 
-    def session_step(turn: int) -> None:
-        filtered_step(turn)
-        session.step()
+    def after_step(name: str) -> None:
+        if name == "session":
+            session.step()
 
-    timings = interleaved(
-        {"stock": providers["stock"], "session": session_step},
-        rounds,
-        warmup,
-        device=bench.device,
-        title="session, nothing stale",
-    )
-    session.detach()
-    return timings
+    return bench.time({"stock": None, "session": update_filter}, rounds, warmup, "session, nothing stale", after_step)
 
 
 def measure_shares(
@@ -115,8 +129,7 @@ def measure_shares(
     """Stock and a filter a share: times of steps, of their backwards, and the filters with what they counted."""
     filters = {f"{share:g}": _filter_for(bench, share, kind) for share in shares}
     bench.backward_seconds = {}
-    providers = bench.providers({"stock": None, **filters})
-    timings = interleaved(providers, rounds, warmup, device=bench.device, title=kind)
+    timings = bench.time({"stock": None, **filters}, rounds, warmup, kind)
     backward = {name: Timing(tuple(seconds[warmup:])) for name, seconds in bench.backward_seconds.items()}
     return timings, backward, filters
 
@@ -158,9 +171,13 @@ def _share(one: UpdateFilter) -> float:
     return float(one.skipped.sum() / one.lookups.sum())
 
 
-def _rows(question: str, args: argparse.Namespace, timings: dict[str, Timing], **quality: Any) -> list[Row]:
+def _rows(
+    question: str, args: argparse.Namespace, timings: dict[str, Timing], dim: int | None = None, **quality: Any
+) -> list[Row]:
     """One CSV row a provider, in milliseconds; ``quality`` maps a name to a value, or to a dict by provider."""
     parameters = {**asdict(_sizes(args)), "rounds": len(timings["stock"].samples), "warmup": args.warmup}
+    if dim is not None:
+        parameters["dim"] = dim
     if "session" in timings:
         parameters["count_every"] = args.count_every or StalenessConfig().count_every
     return [
@@ -193,6 +210,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     harness.add_options(parser)
     for name, default in asdict(Sizes()).items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
+    parser.add_argument("--more-dims", type=int, nargs="*", default=[32, 64, 128], help="random rows at these as well")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.75, 0.95], help="of look-ups, to be stale")
     parser.add_argument("--rounds", type=int, default=96, help="measured rounds for the speedups")
     parser.add_argument("--overhead-rounds", type=int, default=250, help="measured rounds for the overhead")
@@ -222,6 +240,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         rows += _rows(f"update_filter.{key}", args, steps, measured_share=measured[key], speedup=result[key])
         if kind != "sampling":
             all_filters += list(filters.values())
+    result["speedup_by_dim"] = {str(args.dim): result["speedup"]}
+    for dim in args.more_dims:
+        other = Bench(replace(bench.sizes, dim=dim), args.device)
+        steps, _, _ = measure_shares(other, args.shares, args.rounds // 2, args.warmup, "random rows")
+        result["speedup_by_dim"][str(dim)] = _ratios(steps)
+        rows += _rows("update_filter.speedup", args, steps, dim=dim, speedup=_ratios(steps))
+        del other
     result["measured_share"] = measured
     result["ms"] = {"stock": 1e3 * overhead["stock"].p50, "session": 1e3 * overhead["session"].p50}
     problem = check_exact(bench, all_filters)
@@ -244,6 +269,9 @@ def show(result: dict[str, Any]) -> str:
     for share in result["speedup"]:
         cells = [f"{result[key][share]:.2f} ({result[f'{key}_backward'][share]:.2f})" for key in KINDS]
         lines.append(f"{float(share):<10.0%}" + "".join(f"{cell:>20}" for cell in cells))
+    lines.append("random rows, by embedding dim:")
+    for dim, speedup in result["speedup_by_dim"].items():
+        lines.append(f"{dim:>10}" + "".join(f"{float(share):>9.0%}: {ratio:.2f}" for share, ratio in speedup.items()))
     lines.append(f"exact: {'yes' if result['exact'] else 'NO'}")
     return "\n".join(lines)
 

@@ -119,7 +119,9 @@ def test_settled_rows_are_chosen_before_moving_ones() -> None:
     """Rows 0-9 have a gradient that dies, rows 10-19 one that does not; both are looked up alike."""
     for signal in ("gain", "movement"):
         tbe = make_tbe((20,), (4,))
-        session = Slipstream(tbe, config(selection="duty", signal=signal, target_share=0.3, interval=20, warmup_steps=100))
+        session = Slipstream(
+            tbe, config(selection="duty", signal=signal, target_share=0.3, interval=20, warmup_steps=100)
+        )
         for step in range(200):
             output = Lookups(torch.arange(20), torch.arange(21)).run(tbe)
             gradient = torch.ones_like(output)

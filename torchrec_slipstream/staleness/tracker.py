@@ -26,6 +26,7 @@ from torchrec_slipstream.tbe import Sampling, UpdateFilter
 _FEEDBACK = 0.5
 # Steps before a decision whose gradients it looks at.
 _WATCHED_STEPS = 4
+_SAVED = ("config", "steps", "intervals", "baseline", "sampling", "decisions", "shards")
 
 
 class StalenessTracker:
@@ -203,9 +204,7 @@ class StalenessTracker:
         Raises:
             StateError: other tables or shards, other sizes, or another configuration.
         """
-        if missing := [
-            key for key in ("config", "steps", "intervals", "baseline", "sampling", "decisions", "shards") if key not in state
-        ]:
+        if missing := [key for key in _SAVED if key not in state]:
             raise StateError(f"the saved staleness state is incomplete: it lacks {missing}")
         shards = state["shards"]
         ours = [shard.key for one in self.filters for shard in one.shards]
