@@ -79,7 +79,7 @@ class StalenessConfig:
     """Under ``"threshold"``, a stale row is thawed for one interval in this many, a different part of the rows each
     interval. At least 2."""
 
-    count_every: int = 4
+    count_every: int = 8
     """Count the look-ups of every k-th step only, and take them k-fold; 1 counts every step. Counting costs some
     10 ns a look-up on a CPU (1.5 ms of a step of 106,000 look-ups)."""
 

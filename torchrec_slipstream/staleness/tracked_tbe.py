@@ -40,12 +40,16 @@ class TrackedTbe:
         self._feature_table = torch.tensor(update_filter.feature_table, dtype=torch.int64, device=device)
 
     def observe(self, intervals: int) -> None:
-        """Take in the interval that ended: the pool's rows, their rates, updates and signals."""
+        """Take in the interval that ended: the pool's rows, their rates, updates and signals.
+
+        The first call takes in all intervals so far, of which there are ``intervals``.
+        """
         config = self.config
         lookups = torch.zeros_like(self._table_seen).index_add_(0, self._feature_table, self.filter.lookups)
-        new = (lookups - self._table_seen).double()
+        first = not bool(self._table_seen.any())
+        new = (lookups - self._table_seen).double() / (intervals if first else 1)
         self._table_seen = lookups
-        decay = config.rate_decay if intervals > 1 else 0.0
+        decay = 0.0 if first else config.rate_decay
         self.table_rate = decay * self.table_rate + (1.0 - decay) * new
 
         rows = self._pool_rows()

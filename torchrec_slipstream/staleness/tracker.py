@@ -86,16 +86,20 @@ class StalenessTracker:
     def _decide(self) -> None:
         began = time.perf_counter()
         self._intervals += 1
+        config = self.config
+        # A signal compares with the decision before, so the warm-up's last interval is enough to look at.
+        if config.target_share == 0.0 or self.steps + config.interval < config.warmup_steps:
+            return
         for tbe in self._tbes:
             tbe.observe(self._intervals)
-        if self.steps < self.config.warmup_steps or self.config.target_share == 0.0:
+        if self.steps < config.warmup_steps:
             return
         sums = self._global_sums()
         table_rate, seen, skipped = (float(value) for value in sums[:3])
         if self._baseline is None:
             self._baseline = (int(seen), int(skipped))
         seen, skipped = seen - self._baseline[0], skipped - self._baseline[1]
-        owed = self.config.target_share * seen - skipped
+        owed = config.target_share * seen - skipped
         share = self.config.target_share + _FEEDBACK * owed / max(table_rate, 1.0)
         wanted = torch.tensor(min(max(share, 0.0), 0.99) * table_rate, dtype=torch.float64)
         counts = torch.zeros(5, dtype=torch.float64)
