@@ -64,6 +64,8 @@ class Slipstream:
     def step(self) -> None:
         """Tell the session that one training step (forward, backward and update) is over.
 
+        A forward counts as training where gradients are enabled: evaluate under ``torch.no_grad()``, as TorchRec does.
+
         Raises:
             AttachError: the session was detached.
         """
@@ -110,8 +112,8 @@ class Slipstream:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the model and its optimizers. Tensors only of this rank's shards.
 
-        Keys that hold tensors name their shard, so every rank's are distinct: it can be saved a rank at a time or
-        with ``torch.distributed.checkpoint``. A resumed run then equals an uninterrupted one bit for bit.
+        Save it a rank at a time, beside the model's checkpoint. A run resumed on the same sharding then equals an
+        uninterrupted one bit for bit; without it, or on another sharding, rows are tracked afresh.
         """
         return {"version": STATE_VERSION, "staleness": self._tracker.state_dict()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -252,6 +253,8 @@ def test_keeps_class_state_and_detaches() -> None:
         update_filter.attach()
     with pytest.raises(AttachError, match="detach"):
         copy.deepcopy(nn.ModuleList([tbe]))
+    with pytest.raises(AttachError, match="cannot be pickled; save the model's state_dict"):
+        pickle.dumps(tbe)
     update_filter.detach()
     update_filter.detach()
     assert type(tbe) is stock_class

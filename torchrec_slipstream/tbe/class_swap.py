@@ -54,6 +54,11 @@ class _FilteredTbe(Attached):
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         raise AttachError("a TBE with a Slipstream session attached cannot be copied; detach() the session first")
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise AttachError(
+            "a TBE with a Slipstream session attached cannot be pickled; save the model's state_dict(), or detach() first"
+        )
+
 
 # What FBGEMM's forward takes after those above, in its order (the same from 1.6 to 1.8).
 _MORE_ARGUMENTS = (
