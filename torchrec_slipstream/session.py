@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -55,7 +56,7 @@ class Slipstream:
         found = find_tbes(model, frozenset(staleness.exclude_tables))
         self._group = _group_of(model, process_group)
         self._filters = [UpdateFilter(one) for one in found]
-        self._tracker = StalenessTracker(self._filters, staleness, self._total)
+        self._tracker = StalenessTracker(self._filters, staleness, self._total, self._group_device())
         self._began = time.perf_counter()
         self._attached = True
         for one in self._filters:
@@ -129,6 +130,11 @@ class Slipstream:
         self._tracker.load_state_dict(state["staleness"])
 
     # ------------------------------------------------------------------------------------------- over ranks
+
+    def _group_device(self) -> torch.device:
+        if self._group is not None and "nccl" in dist.get_backend(self._group):
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
 
     def _total(self, values: Tensor) -> Tensor:
         if self._group is not None and dist.get_world_size(self._group) > 1:

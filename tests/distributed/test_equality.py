@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
 from tests.distributed.ranks import run_ranks
 from tests.models import TwoCollections, batches_for, sharded
@@ -181,3 +182,38 @@ def test_state_keys_of_two_ranks_are_distinct(sharding: str) -> None:
     assert first
     assert second
     assert not set(first) & set(second)
+
+
+class _OneTable(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bags = EmbeddingBagCollection(
+            device=torch.device("meta"),
+            tables=[EmbeddingBagConfig(name="b0", embedding_dim=8, num_embeddings=120, feature_names=["fb0"])],
+        )
+
+    def forward(self, bags: Any) -> torch.Tensor:
+        return self.bags(bags).values()
+
+
+def _rank_without_a_table(rank: int) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for selection in ("sampling", "duty", "threshold"):
+        model = sharded(_OneTable())
+        session = Slipstream(model, config(selection=selection))
+        for bags, _ in batches_for(TwoCollections(), steps=40, rank=rank):
+            both = bags.split([1, 1])
+            model(both[0]).square().sum().backward()
+            session.step()
+        report = session.report()
+        session.load_state_dict(session.state_dict())
+        result[selection] = (len(session._filters), report.measured_share, report.tables["bags.b0"].skipped)
+    return result
+
+
+def test_rank_without_a_table_takes_part() -> None:
+    first, second = run_ranks(2, _rank_without_a_table)
+    for selection, (filters, share, skipped) in first.items():
+        assert filters + second[selection][0] == 1
+        assert (share, skipped) == second[selection][1:]
+        assert skipped > 0

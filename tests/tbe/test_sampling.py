@@ -90,7 +90,7 @@ def test_keeping_everything_is_stock_bit_for_bit(
     stock, ours = (
         make_tbe(ROWS, dims, features=FEATURES, pooling=pooling, optimizer=optimizer, dtype=dtype) for _ in range(2)
     )
-    filtered(ours, torch.zeros(80, dtype=torch.bool)).sampling = Sampling(scale=float("inf"), least=1.0)
+    filtered(ours, torch.zeros(80, dtype=torch.bool)).sampling = Sampling(scale=1.0, least=1.0)
     for seed in range(3):
         lookups = make_lookups((50, 30, 30), (9, 9, 9), seed=seed)
         outputs = [lookups.run(one) for one in (stock, ours)]
@@ -181,3 +181,16 @@ def test_second_backward_through_a_retained_graph_counts_once() -> None:
     loss.backward()
     assert int(once.sum()) > 0
     assert torch.equal(update_filter.skipped, once)
+
+
+def test_sample_without_a_gradient_moves_nothing() -> None:
+    """Some samples' gradients are exactly zero (masked losses); one's row must not turn into NaN for that."""
+    tbe = make_tbe((10,), (8,), optimizer=EmbOptimType.EXACT_SGD)
+    update_filter = filtered(tbe, torch.zeros(10, dtype=torch.bool))
+    for chosen in (Sampling(scale=0.5, least=0.1), Sampling(scale=1.0, least=1.0)):
+        update_filter.sampling = chosen
+        for gradient in (torch.zeros(10, 8), torch.eye(10, 8)):
+            Lookups(torch.arange(10), torch.arange(11)).run(tbe).backward(gradient)
+    assert bool(table_states(tbe)[0][0].isfinite().all())
+    start = make_tbe((10,), (8,), optimizer=EmbOptimType.EXACT_SGD)
+    assert torch.equal(table_states(tbe)[0][0][8:], table_states(start)[0][0][8:])

@@ -36,14 +36,22 @@ class StalenessTracker:
         filters: one a TBE of this rank.
         config: the knobs.
         total: sums a float64 tensor over the ranks in place and returns it; the identity on one rank.
+        device: where ``total`` wants its tensors on a rank without tables; default: the CPU.
 
     Raises:
         AttachError: the configured signal needs optimizer state that a table's optimizer does not keep.
     """
 
-    def __init__(self, filters: Sequence[UpdateFilter], config: StalenessConfig, total: selection.Total) -> None:
+    def __init__(
+        self,
+        filters: Sequence[UpdateFilter],
+        config: StalenessConfig,
+        total: selection.Total,
+        device: torch.device | None = None,
+    ) -> None:
         self.config = config
         self.filters = list(filters)
+        self._device = self.filters[0].device if self.filters else device or torch.device("cpu")
         self._total = total
         self.steps = 0
         self.seconds = 0.0
@@ -124,10 +132,6 @@ class StalenessTracker:
             )
         )
 
-    @property
-    def _device(self) -> torch.device:
-        return self.filters[0].device if self.filters else torch.device("cpu")
-
     def _global_sums(self) -> Tensor:
         """float64 ``[3]`` over all ranks: look-ups an interval, look-ups seen, look-ups left out."""
         sums = torch.zeros(3, dtype=torch.float64, device=self._device)
@@ -159,7 +163,7 @@ class StalenessTracker:
         sampled_rate, watched = (float(value) for value in self._total(sums))
         share = min(float(wanted) / max(sampled_rate, 1.0), config.max_table_share, 1.0 - config.min_probability)
         if watched == 0.0:
-            return Sampling(float("inf"), 1.0), 0.0, popular  # no backward has shown its gradients: keep everything
+            return Sampling(1.0, 1.0), 0.0, popular  # no backward has shown its gradients: keep everything
         target = torch.tensor(share * watched, dtype=torch.float64)
         scale = selection.proportional_scale(
             magnitudes, torch.ones_like(magnitudes), target, config.min_probability, self._total

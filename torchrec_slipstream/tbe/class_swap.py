@@ -56,7 +56,8 @@ class _FilteredTbe(Attached):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise AttachError(
-            "a TBE with a Slipstream session attached cannot be pickled; save the model's state_dict(), or detach() first"
+            "a TBE with a Slipstream session attached cannot be pickled; save the model's state_dict() instead, "
+            "or detach() first"
         )
 
 

@@ -65,7 +65,8 @@ class FoundTbe:
 def find_tbes(model: nn.Module, exclude_tables: frozenset[str] = frozenset()) -> list[FoundTbe]:
     """All TBEs below ``model`` whose updates can be filtered, in a stable order. Changes nothing.
 
-    ``model`` is a DistributedModelParallel or any module tree that contains TBEs. TBEs of which every table is in
+    ``model`` is a DistributedModelParallel or any module tree that contains TBEs. A rank to which a sharded model gave
+    no table has none, which is no error: it still takes part in decisions. TBEs of which every table is in
     ``exclude_tables`` are left out.
 
     Raises:
@@ -108,7 +109,7 @@ def find_tbes(model: nn.Module, exclude_tables: frozenset[str] = frozenset()) ->
             + "\n  ".join(problems)
             + "\nShard such tables with a fused compute kernel, or leave them alone with exclude_tables=(...)."
         )
-    if not found and not names:
+    if not found and not names and not any(hasattr(module, "_lookups") for module in root.modules()):
         raise AttachError(
             f"{type(model).__name__} contains no table-batched embedding. Shard its embedding collections first "
             "(DistributedModelParallel with a fused compute kernel), then attach."
