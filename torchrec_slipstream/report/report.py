@@ -26,7 +26,11 @@ class Decision:
 
 @dataclass(frozen=True)
 class TableReport:
-    """One logical table, over all its shards and ranks. Column shards each count the rows and look-ups they see."""
+    """One logical table, over all its shards and ranks. Column shards each count the rows and look-ups they see.
+
+    ``touched_rows`` had a look-up in a counted step (``StalenessConfig.count_every``), ``stale_rows`` may have look-ups
+    left out, ``skipped`` of the ``lookups`` were.
+    """
 
     rows: int
     stale_rows: int
