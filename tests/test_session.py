@@ -99,6 +99,23 @@ def test_truncated_state_changes_nothing() -> None:
         assert str(session.state_dict()) == str(good)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("steps", "many"), ("baseline", [1]), ("sampling", [1.0]), ("decisions", [{"step": 3}]), ("intervals", None)],
+)
+def test_malformed_state_changes_nothing(key: str, value: object) -> None:
+    tbe = make_tbe(ROWS, (8, 8))
+    session = Slipstream(tbe, config())
+    train(tbe, session, range(60))
+    good = session.state_dict()
+    broken = copy.deepcopy(good)
+    broken["staleness"][key] = value
+    broken["staleness"]["steps"] = value if key == "steps" else 7
+    with pytest.raises(StateError, match="malformed"):
+        session.load_state_dict(broken)
+    assert str(session.state_dict()) == str(good)
+
+
 def test_detached_session_leaves_the_model_stock() -> None:
     stock, ours = make_tbe(ROWS, (8, 8)), make_tbe(ROWS, (8, 8))
     session = Slipstream(ours, config())

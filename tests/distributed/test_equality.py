@@ -11,7 +11,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
 from tests.distributed.ranks import run_ranks
 from tests.models import TwoCollections, batches_for, sharded
-from torchrec_slipstream import Slipstream, SlipstreamConfig, StalenessConfig
+from torchrec_slipstream import AttachError, Slipstream, SlipstreamConfig, StalenessConfig
 from torchrec_slipstream.staleness.selection import ALWAYS_LIVE
 
 pytestmark = pytest.mark.slow  # every test starts processes
@@ -217,3 +217,31 @@ def test_rank_without_a_table_takes_part() -> None:
         assert filters + second[selection][0] == 1
         assert (share, skipped) == second[selection][1:]
         assert skipped > 0
+
+
+def _exclude_one_table(rank: int) -> dict[str, int]:
+    model = sharded(TwoCollections(), "table_wise")
+    session = Slipstream(model, config(exclude_tables=("b0",)))
+    for batch in batches_for(TwoCollections(), steps=30, rank=rank):
+        model(*batch).square().sum().backward()
+        session.step()
+    return {name: table.skipped for name, table in session.report().tables.items()}
+
+
+def test_excluded_table_may_lie_on_another_rank() -> None:
+    first, second = run_ranks(2, _exclude_one_table)
+    assert first == second
+    assert first.get("bags.b0", 0) == 0
+    assert sum(first.values()) > 0
+
+
+def _exclude_no_table(rank: int) -> str:
+    with pytest.raises(AttachError) as caught:
+        Slipstream(sharded(TwoCollections(), "table_wise"), config(exclude_tables=("nowhere",)))
+    return str(caught.value)
+
+
+def test_unknown_excluded_table_is_refused_on_all_ranks_alike() -> None:
+    first, second = run_ranks(2, _exclude_no_table)
+    assert first == second
+    assert "['nowhere'], which the model does not have; it has ['b0', 'b1', 's0', 's1']" in first

@@ -150,29 +150,26 @@ class TrackedTbe:
         """
         pool = self.pool
         sampled = pool.rate < popular
-        was_stale = pool.duty < 1.0
-        pool.duty = torch.where(sampled, 1.0 - left_out, 1.0)
-        stale = pool.duty < 1.0
-        refrozen = stale & pool.thawed
-        pool.thawed = was_stale & ~stale
-        self.filter.set_patterns(pool.rows[sampled], torch.zeros_like(pool.rows[sampled], dtype=torch.uint8))
+        rows = pool.rows[sampled]
+        self.filter.set_patterns(rows, torch.zeros_like(rows, dtype=torch.uint8))
         self.filter.sampling = chosen
-        return self._counts(stale, refrozen)
+        return self._set_duty(torch.where(sampled, 1.0 - left_out, 1.0))
 
     def apply(self, duty: Tensor, decision: int) -> Tensor:
         """Set the duties; float64 ``[5]``: rows in the pool, stale, thawed, refrozen, look-ups left out."""
         pool = self.pool
         table = torch.searchsorted(self.shard_begins, pool.rows, right=True) - 1
         duty = selection.cap_duty(duty, pool.rate, table, self.table_rate, self.config.max_table_share)
+        self.filter.set_patterns(pool.rows, selection.step_patterns(duty, pool.rows, decision))
+        return self._set_duty(duty)
+
+    def _set_duty(self, duty: Tensor) -> Tensor:
+        """Remember the duties, and which rows they thaw; what :meth:`apply` returns."""
+        pool = self.pool
         stale, was_stale = duty < 1.0, pool.duty < 1.0
         refrozen = stale & pool.thawed
         pool.thawed = was_stale & ~stale
         pool.duty = duty
-        self.filter.set_patterns(pool.rows, selection.step_patterns(duty, pool.rows, decision))
-        return self._counts(stale, refrozen)
-
-    def _counts(self, stale: Tensor, refrozen: Tensor) -> Tensor:
-        pool = self.pool
         left_out = float((pool.rate.double() * (1.0 - pool.duty.double())).sum())
         rows = [pool.rows.numel(), int(stale.sum()), int(pool.thawed.sum()), int(refrozen.sum())]
         return torch.tensor([*rows, left_out], dtype=torch.float64)

@@ -58,7 +58,6 @@ class StalenessTracker:
         self.decisions: list[Decision] = []
         self._intervals = 0
         self._baseline: tuple[int, int] | None = None
-        self._thawed_before = 0
         self._tbes = [TrackedTbe(one, config) for one in self.filters]
         rows = sum(one.patterns.numel() for one in self.filters)
         for tbe in self._tbes:
@@ -103,15 +102,15 @@ class StalenessTracker:
         if self.steps < config.warmup_steps:
             return
         sums = self._global_sums()
-        table_rate, seen, skipped = (float(value) for value in sums[:3])
+        table_rate, seen, skipped = (float(value) for value in sums)
         if self._baseline is None:
             self._baseline = (int(seen), int(skipped))
         seen, skipped = seen - self._baseline[0], skipped - self._baseline[1]
         owed = config.target_share * seen - skipped
-        share = self.config.target_share + _FEEDBACK * owed / max(table_rate, 1.0)
+        share = config.target_share + _FEEDBACK * owed / max(table_rate, 1.0)
         wanted = torch.tensor(min(max(share, 0.0), 0.99) * table_rate, dtype=torch.float64)
         counts = torch.zeros(5, dtype=torch.float64)
-        if self.config.selection == "sampling":
+        if config.selection == "sampling":
             chosen, left_out, popular = self._choose_sampling(wanted)
             for tbe in self._tbes:
                 counts += tbe.apply_sampling(chosen, left_out, popular)
@@ -231,11 +230,15 @@ class StalenessTracker:
                 f"the saved state was made with another configuration: {differing} differ. Use the same "
                 "StalenessConfig to resume, or start without the staleness state."
             )
-        self.steps, self._intervals = int(state["steps"]), int(state["intervals"])
-        baseline = state["baseline"]
-        self._baseline = None if baseline is None else (int(baseline[0]), int(baseline[1]))
-        self.decisions = [Decision(**decision) for decision in state["decisions"]]
+        try:
+            steps, intervals = int(state["steps"]), int(state["intervals"])
+            baseline = None if state["baseline"] is None else (int(state["baseline"][0]), int(state["baseline"][1]))
+            sampling = None if state["sampling"] is None else Sampling(*state["sampling"])
+            decisions = [Decision(**decision) for decision in state["decisions"]]
+        except (TypeError, ValueError, IndexError) as error:
+            raise StateError(f"the saved staleness state is malformed: {error}") from error
+        self.steps, self._intervals, self._baseline, self.decisions = steps, intervals, baseline, decisions
         for tbe in self._tbes:
             tbe.load(shards)
-            tbe.filter.sampling = None if state["sampling"] is None else Sampling(*state["sampling"])
+            tbe.filter.sampling = sampling
         self._prepare_step()

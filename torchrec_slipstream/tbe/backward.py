@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchrec_slipstream.staleness.compaction import Compaction
 from torchrec_slipstream.tbe.finding import TBE
+from torchrec_slipstream.tbe.sampling import Layout, variable_blocks
 
 
 class SavedLookups:
@@ -83,29 +84,11 @@ def prehook(output: Tensor, mend: Callable[[Tensor], Tensor]) -> None:
     output.grad_fn.register_prehook(lambda gradients: (mend(gradients[0]), *gradients[1:]))
 
 
-def scale_vbe(
-    gradient: Tensor,
-    factor: Tensor,
-    batch_sizes: list[list[int]],
-    dims: Tensor,
-    output_offsets: Tensor | None,
-) -> Tensor:
-    """Multiply the gradient of every bag of a variable batch (1-D, rank-major) by the bag's factor.
-
-    The bags of ``factor`` are feature-major. ``output_offsets`` (``[ranks, features]``) says where each block of
-    bags begins when several TBEs share one output; without it the blocks lie back to back.
-    """
+def scale_vbe(gradient: Tensor, factor: Tensor, layout: Layout) -> Tensor:
+    """Multiply the gradient of every bag of a variable batch by the bag's factor (``[bags]``, feature-major)."""
     scaled = gradient.clone()
-    widths = dims.tolist()
-    starts = output_offsets.tolist() if output_offsets is not None else None
-    blocks = factor.split([size for by_rank in batch_sizes for size in by_rank])
-    ranks, at = len(batch_sizes[0]), 0
-    for rank in range(ranks):
-        for feature, width in enumerate(widths):
-            begin = at if starts is None else starts[rank][feature]
-            block = blocks[feature * ranks + rank]
-            scaled[begin : begin + block.numel() * width].view(-1, width).mul_(block[:, None])
-            at += block.numel() * width
+    for block, first in variable_blocks(scaled, layout):
+        block.mul_(factor[first : first + block.shape[0], None])
     return scaled
 
 

@@ -80,6 +80,8 @@ def find_tbes(model: nn.Module, exclude_tables: frozenset[str] = frozenset()) ->
     owned: set[int] = set()
     root = model.module if isinstance(model, DistributedModelParallel) else model
     for path, module in _walk(root, "", set()):
+        # A sharded collection's plan names its tables on all ranks; the look-ups here hold this rank's only.
+        names |= set(getattr(module, "module_sharding_plan", ()))
         if isinstance(module, BaseEmbedding) and hasattr(module, "emb_module"):
             tbe, shards = module.emb_module, _kernel_shards(module, path)
             owned.add(id(tbe))
@@ -109,7 +111,7 @@ def find_tbes(model: nn.Module, exclude_tables: frozenset[str] = frozenset()) ->
             + "\n  ".join(problems)
             + "\nShard such tables with a fused compute kernel, or leave them alone with exclude_tables=(...)."
         )
-    if not found and not names and not any(hasattr(module, "_lookups") for module in root.modules()):
+    if not found and not names:
         raise AttachError(
             f"{type(model).__name__} contains no table-batched embedding. Shard its embedding collections first "
             "(DistributedModelParallel with a fused compute kernel), then attach."

@@ -237,7 +237,7 @@ class UpdateFilter:
                 return gradient * torch.repeat_interleave(
                     by_feature, self._feature_dims, dim=1, output_size=gradient.shape[1]
                 ).to(gradient.dtype)
-            return scale_vbe(gradient, factor, batch_sizes, self._feature_dims, more.get("vbe_output_offsets"))
+            return scale_vbe(gradient, factor, self._layout(batch_sizes, more))
 
         prehook(output, mend)
 
