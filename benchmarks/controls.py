@@ -90,20 +90,21 @@ class RandomLookups:
         return sum(int(getattr(one, name).sum()) for one in self.filters)
 
 
-def attach_provider(provider: str, model: DistributedModelParallel, config: StalenessConfig, seed: int) -> Session:
+def attach_provider(provider: str, model: DistributedModelParallel, config: SlipstreamConfig, seed: int) -> Session:
     """Attach one of ``PROVIDERS``, with the share, warm-up and interval of ``config``."""
+    staleness = config.staleness
     if provider == "random_lookups":
-        return RandomLookups(model, config, seed)
+        return RandomLookups(model, staleness, seed)
     if provider == "random_rows":
         # "gain" because it keeps no snapshots, which nobody would look at.
-        config = replace(config, selection="threshold", signal="gain", thaw_every=_NEVER)
-        session = Slipstream(model, SlipstreamConfig(staleness=config))
+        staleness = replace(staleness, selection="threshold", signal="gain", thaw_every=_NEVER)
+        session = Slipstream(model, replace(config, staleness=staleness))
         signal = RandomSignal(seed)
         for tbe in session._tracker._tbes:
             tbe.signal = signal
         return session
     if provider == "movement":
-        config = replace(config, selection="threshold", signal="movement")
+        config = replace(config, staleness=replace(staleness, selection="threshold", signal="movement"))
     elif provider != "ours":
         raise ValueError(f"provider is {provider!r}; give one of {', '.join(PROVIDERS)}")
-    return Slipstream(model, SlipstreamConfig(staleness=config))
+    return Slipstream(model, config)

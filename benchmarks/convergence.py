@@ -32,7 +32,7 @@ from benchmarks import harness
 from benchmarks.controls import PROVIDERS, attach_provider
 from benchmarks.harness import Row, Timing
 from examples.arguments import parse_arguments as job_arguments
-from examples.arguments import staleness_config
+from examples.arguments import session_config
 from examples.runtime import pick_device, process_group, quiet
 from examples.train_dlrm import Data, attach_slipstream, load_data, train
 
@@ -92,7 +92,7 @@ def run(arguments: Namespace, data: Data, provider: str, share: float) -> dict[s
     if provider != "none":
 
         def attach(model: Any, steps: int) -> Any:
-            return attach_provider(provider, model, staleness_config(arguments, steps), arguments.seed)
+            return attach_provider(provider, model, session_config(arguments, steps), arguments.seed)
 
     with redirect_stdout(io.StringIO()):  # the job reports every evaluation there
         result = train(arguments, data, attach)

@@ -33,7 +33,7 @@ from torch import nn
 from benchmarks import harness
 from benchmarks.harness import Row, Timing, interleaved
 from benchmarks.tables import Sizes, choose_stale, count_lookups, find_difference, make_batches, make_filter, make_tbe
-from torchrec_slipstream import Slipstream, SlipstreamConfig, StalenessConfig
+from torchrec_slipstream import AccessConfig, Slipstream, SlipstreamConfig, StalenessConfig
 from torchrec_slipstream.tbe import Sampling, UpdateFilter
 
 # What is left out, by the key under which its speedups stand.
@@ -108,10 +108,10 @@ class Bench:
 
 def measure_overhead(bench: Bench, rounds: int, warmup: int, count_every: int | None) -> dict[str, Timing]:
     """Stock, and a session that has not begun to skip: it counts, and decides every interval that nothing is stale."""
-    staleness = StalenessConfig(warmup_steps=2**40)
-    if count_every is not None:
-        staleness = replace(staleness, count_every=count_every)
-    session = Slipstream(nn.ModuleList([bench.tbe]), SlipstreamConfig(staleness=staleness))
+    config = SlipstreamConfig(
+        staleness=StalenessConfig(warmup_steps=2**40), access=AccessConfig(every=count_every or AccessConfig().every)
+    )
+    session = Slipstream(nn.ModuleList([bench.tbe]), config)
     # A session attaches for good; here it must step aside for stock's turns.
     (update_filter,) = session._filters
     update_filter.detach()
@@ -179,7 +179,7 @@ def _rows(
     if dim is not None:
         parameters["dim"] = dim
     if "session" in timings:
-        parameters["count_every"] = args.count_every or StalenessConfig().count_every
+        parameters["count_every"] = args.count_every or AccessConfig().every
     return [
         Row(
             question=question,
@@ -215,7 +215,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=96, help="measured rounds for the speedups")
     parser.add_argument("--overhead-rounds", type=int, default=250, help="measured rounds for the overhead")
     parser.add_argument("--warmup", type=int, default=8, help="rounds thrown away")
-    parser.add_argument("--count-every", type=int, help="count_every of the session (default: its own default)")
+    parser.add_argument("--count-every", type=int, help="AccessConfig.every (default: its own default)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     return parser.parse_args(argv)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from examples.model import SHARDINGS
-from torchrec_slipstream import StalenessConfig
+from torchrec_slipstream import AccessConfig, SlipstreamConfig, StalenessConfig
 from torchrec_slipstream.config import SELECTIONS, SIGNALS
 
 # What can be left out of the fused update, in the order in which --compare runs them.
@@ -47,7 +47,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--compare", action="store_true", help="run every --skip mode, one after the other")
     run.add_argument("--json", type=Path, metavar="FILE", help="write the results there (with --compare: by mode)")
 
-    # The rest of the knobs have their defaults: torchrec_slipstream.StalenessConfig documents them all.
+    # The rest of the knobs have their defaults; torchrec_slipstream.StalenessConfig and AccessConfig document them all.
     stale = parser.add_argument_group("staleness (with --skip rows)")
     stale.add_argument("--skip-share", type=share, default=_STALENESS.target_share, help="of look-ups, after warm-up")
     stale.add_argument("--warmup-steps", type=at_least(0), help="before skipping begins (a quarter of the run)")
@@ -58,13 +58,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     stale.add_argument("--selection", choices=SELECTIONS, default=_STALENESS.selection, help="what is left out")
     stale.add_argument("--min-touches", type=at_least(1), default=_STALENESS.min_touches, help="look-ups before stale")
     stale.add_argument("--thaw-every", type=at_least(2), default=_STALENESS.thaw_every, help="intervals (threshold)")
-    stale.add_argument("--count-every", type=at_least(1), default=_STALENESS.count_every, help="count every k-th step")
+    stale.add_argument("--count-every", type=at_least(1), default=AccessConfig().every, help="count one step in k")
     return parser.parse_args(argv)
 
 
-def staleness_config(args: argparse.Namespace, steps: int) -> StalenessConfig:
-    """The arguments as a StalenessConfig for a run of `steps`. Raises ConfigError for values that it refuses."""
-    return StalenessConfig(
+def session_config(args: argparse.Namespace, steps: int) -> SlipstreamConfig:
+    """The arguments as a SlipstreamConfig for a run of `steps`. Raises ConfigError for values that it refuses."""
+    staleness = StalenessConfig(
         target_share=args.skip_share,
         warmup_steps=steps // 4 if args.warmup_steps is None else args.warmup_steps,
         interval=args.interval,
@@ -74,8 +74,8 @@ def staleness_config(args: argparse.Namespace, steps: int) -> StalenessConfig:
         selection=args.selection,
         min_touches=args.min_touches,
         thaw_every=args.thaw_every,
-        count_every=args.count_every,
     )
+    return SlipstreamConfig(staleness=staleness, access=AccessConfig(every=args.count_every))
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -27,7 +27,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from tqdm import tqdm
 
-from examples.arguments import SKIP_MODES, parse_arguments, staleness_config
+from examples.arguments import SKIP_MODES, parse_arguments, session_config
 from examples.metrics import Evaluation
 from examples.model import build_model, describe_plan
 from examples.runtime import pick_device, process_group, quiet
@@ -35,7 +35,7 @@ from examples.runtime import world_size as ranks
 from examples.samples import Samples, batches, count_batches
 from examples.show import show
 from examples.timing import StepClock
-from torchrec_slipstream import Report, Slipstream, SlipstreamConfig
+from torchrec_slipstream import Report, Slipstream
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def attach_slipstream(args: Namespace) -> Attach:
     def attach(model: DistributedModelParallel, steps: int) -> Session | None:
         if args.skip == "off":
             return None
-        return Slipstream(model, SlipstreamConfig(staleness=staleness_config(args, steps)))
+        return Slipstream(model, session_config(args, steps))
 
     return attach
 
@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         device = pick_device(args.device)
         if args.compare or args.skip == "rows":
-            staleness_config(args, steps=0)  # its own checks, before data are loaded and a model is built
+            session_config(args, steps=0)  # its own checks, before data are loaded and a model is built
         data = load_data(args)
     except ValueError as error:
         raise SystemExit(f"train_dlrm: {error}") from error

@@ -16,7 +16,7 @@ from torch import nn
 from tests.models import TwoCollections, batches_for, sharded
 from tests.staleness.test_tracker import ROWS, config, train
 from tests.tables import make_tbe, table_states
-from torchrec_slipstream import AttachError, Report, Slipstream, StateError
+from torchrec_slipstream import AccessConfig, AttachError, Report, Slipstream, SlipstreamConfig, StateError
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
         {},
         {"signal": "movement", "selection": "threshold"},
         {"selection": "duty"},
-        {"selection": "duty", "signal": "drift", "snapshot_dtype": "float16", "count_every": 2},
+        {"selection": "duty", "signal": "drift", "snapshot_dtype": "float16", "every": 2},
     ],
 )
 def test_resumed_run_equals_an_uninterrupted_one(changes: dict[str, object]) -> None:
@@ -186,3 +186,81 @@ def _layout(model: nn.Module) -> dict[str, object]:
         "parameters": [n for n, _ in model.named_parameters()],
         "modules": modules,
     }
+
+
+def access_config(**changes: object) -> SlipstreamConfig:
+    return SlipstreamConfig(staleness=config().staleness, access=AccessConfig(**changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"counter": "exact"},
+        {"counter": "sampled", "every": 4, "half_life": 15},
+        {"counter": "exact", "half_life": 7, "sketch_tables": ("table_1",)},
+        {"counter": "sampled", "every": 2, "max_counted_rows": 100},
+    ],
+)
+def test_profile_of_a_resumed_run_equals_an_uninterrupted_ones(changes: dict[str, object]) -> None:
+    whole, first, second = (make_tbe(ROWS, (8, 8)) for _ in range(3))
+    session = Slipstream(whole, access_config(**changes))
+    train(whole, session, range(60))
+    before = Slipstream(first, access_config(**changes))
+    train(first, before, range(37))
+    file = io.BytesIO()
+    torch.save(before.state_dict(), file)
+    file.seek(0)
+    resumed = Slipstream(second, access_config(**changes))
+    train(second, resumed, range(90, 95))  # what it counted before is forgotten
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert resumed.access_profile() == before.access_profile()
+    train(second, resumed, range(37, 60))
+    assert resumed.access_profile() == session.access_profile()
+    assert session.access_profile().lookups > 0
+
+
+def test_state_counted_in_another_way_changes_nothing() -> None:
+    tbe = make_tbe(ROWS, (8, 8))
+    session = Slipstream(tbe, access_config(sketch_tables=("table_1",), half_life=20))
+    train(tbe, session, range(60))
+    good = session.state_dict()
+    other = Slipstream(make_tbe(ROWS, (8, 8)), access_config(half_life=30)).state_dict()
+    broken = {}
+    for name in ("faded", "samples", "sketch.rows", "sketch.counts", "sketch.errors", "sketch.total"):
+        broken[name] = copy.deepcopy(good)
+        del broken[name]["access"]["shards"][".table_1@0:0"][name]
+    wrong = copy.deepcopy(good)
+    wrong["access"]["shards"][".table_1@0:0"]["sketch.counts"] = torch.zeros(3)
+    short = copy.deepcopy(good)
+    short["access"]["shards"][".table_1@0:0"]["sketch.counts"] = torch.zeros(3, dtype=torch.int64)
+    for state, message in (
+        (other, r"another configuration: \['half_life', 'sketch_tables'\] differ. Use the same AccessConfig"),
+        ({"version": 1, "staleness": good["staleness"]}, "version 1, which has no access counts; this release reads"),
+        *((state, rf"\.table_1@0:0: .*lacks \['{name}'\]") for name, state in broken.items()),
+        (wrong, r"table_1@0:0: the saved state has sketch\.counts of torch\.float32 \(3,\)"),
+        (short, r"table_1@0:0: the saved sketch has not a count for every row"),
+    ):
+        with pytest.raises(StateError, match=message):
+            session.load_state_dict(state)
+        assert str(session.state_dict()) == str(good)
+
+
+def test_loaded_counts_are_kept_from_the_end_of_int32_at_once() -> None:
+    tbe = make_tbe(ROWS, (8, 8))
+    session = Slipstream(tbe, access_config(counter="exact"))
+    state = session.state_dict()
+    state["staleness"]["shards"][".table_0@0:0"]["touches"][7] = 2**31 - 1000
+    session.load_state_dict(state)
+    train(tbe, session, range(1))
+    assert int(session._filters[0].touches.max()) <= 2**30
+    assert session.access_profile()["table_0"].counts_of(7, 8)[0] >= 2**31 - 1000
+    other = Slipstream(make_tbe(ROWS, (8, 8)), access_config(counter="exact"))
+    fresh = other.state_dict()
+    other.load_state_dict(session.state_dict())
+    assert other.access_profile() == session.access_profile()
+    other.load_state_dict(fresh)
+    assert other.access_profile().lookups == 0
+    state = copy.deepcopy(session.state_dict())
+    state["access"]["shards"][".table_0@0:0"]["faded"] = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(StateError, match=r"table_0@0:0: faded has 3 rows, this model has 400"):
+        other.load_state_dict(state)

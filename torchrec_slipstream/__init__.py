@@ -1,23 +1,41 @@
-"""torchrec_slipstream: leave out the embedding updates that have stopped mattering, in a stock TorchRec model.
+"""torchrec_slipstream: measured traffic decides which embedding rows get fast memory, and which updates are left out.
 
-A *stale* row here is a **trained** row whose updates have next to nothing left to gain. (Elsewhere "stale" often means
-untouched for long; ours is the opposite: a row must have been touched to be stale.)
+A *hot* row is one of those given fast memory. A *stale* row is a **trained** row whose updates have next to nothing
+left to gain. (Elsewhere "stale" often means untouched for long; ours is the opposite: a row must have been touched.)
 """
 
-from torchrec_slipstream.config import SlipstreamConfig, StalenessConfig
-from torchrec_slipstream.errors import AttachError, ConfigError, LookupRangeError, SlipstreamError, StateError
+from torchrec_slipstream.access import AccessProfile, TableAccess
+from torchrec_slipstream.config import AccessConfig, SlipstreamConfig, StalenessConfig
+from torchrec_slipstream.errors import (
+    AttachError,
+    ConfigError,
+    LookupRangeError,
+    PlanError,
+    ProfileError,
+    SlipstreamError,
+    StateError,
+)
+from torchrec_slipstream.placement import Placement, SlipstreamPlanner, SlipstreamStats
 from torchrec_slipstream.report.report import Report, TableReport
 from torchrec_slipstream.session import Slipstream
 
 __all__ = [
+    "AccessConfig",
+    "AccessProfile",
     "AttachError",
     "ConfigError",
     "LookupRangeError",
+    "Placement",
+    "PlanError",
+    "ProfileError",
     "Report",
     "Slipstream",
     "SlipstreamConfig",
     "SlipstreamError",
+    "SlipstreamPlanner",
+    "SlipstreamStats",
     "StalenessConfig",
     "StateError",
+    "TableAccess",
     "TableReport",
 ]

@@ -8,6 +8,7 @@ from torchrec_slipstream.errors import ConfigError
 
 SIGNALS = ("auto", "gain", "movement", "drift")
 SELECTIONS = ("sampling", "duty", "threshold")
+COUNTERS = ("exact", "sampled", "sketch", "off")
 _SEARCHES = ("quantile", "bisection")
 _DTYPES = ("float32", "float16")
 
@@ -81,22 +82,20 @@ class StalenessConfig:
     """Under ``"threshold"``, a stale row is thawed for one interval in this many, a different part of the rows each
     interval. At least 2."""
 
-    count_every: int = 8
-    """Count the look-ups of every k-th step only, and take them k-fold; 1 counts every step. Counting costs some
-    10 ns a look-up on a CPU (1.5 ms of a step of 106,000 look-ups)."""
-
     rate_decay: float = 0.5
     """Weight of the past in a row's look-up rate at each decision, in ``[0, 1)``."""
 
     memory_bytes: int = 256 * 2**20
     """Bytes for the state of rows that may be stale (33 a row, plus a snapshot of its weights where the signal needs
-    one). The most-touched rows come first; the others stay live. Besides, 5 bytes for every row of every table."""
+    one). The most-touched rows come first; the others stay live. Besides, 1 byte for every row of every counted table
+    (and 4 for its count, see :class:`AccessConfig`)."""
 
     snapshot_dtype: str = "float32"
     """``"float32"`` or ``"float16"``: in which dtype snapshots are kept."""
 
     exclude_tables: tuple[str, ...] = ()
-    """Names of tables whose updates are never left out; data-parallel tables must be named here."""
+    """Names of tables whose updates are never left out; data-parallel tables must be named here. A TBE that holds no
+    other table is not attached to at all, so its look-ups are not counted either."""
 
     def __post_init__(self) -> None:
         _within("target_share", self.target_share, 0.0, 1.0, open_end=True)
@@ -109,20 +108,68 @@ class StalenessConfig:
         _within("max_table_share", self.max_table_share, 0.0, 1.0)
         _within("search_window", self.search_window, 0.0, 1.0)
         _within("thaw_every", self.thaw_every, 2)
-        _within("count_every", self.count_every, 1)
         _within("rate_decay", self.rate_decay, 0.0, 1.0, open_end=True)
         _within("memory_bytes", self.memory_bytes, 0)
         _one_of("signal", self.signal, SIGNALS)
         _one_of("selection", self.selection, SELECTIONS)
         _one_of("search", self.search, _SEARCHES)
         _one_of("snapshot_dtype", self.snapshot_dtype, _DTYPES)
-        if isinstance(self.exclude_tables, str):
-            raise ConfigError(f"exclude_tables={self.exclude_tables!r} is a string; give a tuple of table names")
-        object.__setattr__(self, "exclude_tables", tuple(self.exclude_tables))
+        object.__setattr__(self, "exclude_tables", _names("exclude_tables", self.exclude_tables))
         if self.min_probability == 0.0:
             raise ConfigError("min_probability=0 would let a kept look-up stand for infinitely many; give more than 0")
         if self.max_table_share == 0.0:
             raise ConfigError("max_table_share=0 leaves nothing to skip; set target_share=0 to switch skipping off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccessConfig:
+    """How the look-ups of training steps are counted. One count serves the access profile and staleness.
+
+    Raises:
+        ConfigError: a value is out of its range; the message names the field, the value and the range.
+    """
+
+    counter: str = "sampled"
+    """``"exact"``: every look-up, one int32 a row. ``"sampled"``: the same of one step in ``every``, taken
+    ``every``-fold, which is right on average. ``"sketch"``: of those steps, a bounded list of the most looked-up rows a
+    table, for tables that are too large for an int32 a row; staleness needs the count of every row, so it leaves
+    sketched tables alone. ``"off"``: nothing is counted. What each costs and finds: ``benchmarks/profiler.py``."""
+
+    every: int = 8
+    """Steps of which one is counted, drawn anew in each block of so many steps (a fixed stride could move in step with
+    the data) and alike on all ranks; at least 1. ``"exact"`` counts every step. To count costs some 10 ns a look-up on
+    a CPU, a sketch some 300 ns a distinct row."""
+
+    half_life: int | None = None
+    """Steps after which all counts are halved, so that yesterday fades; None: never. Costs another int32 a row. Odd
+    counts are rounded up or down at random, so that rare rows keep what is theirs on average."""
+
+    sketch_tables: tuple[str, ...] = ()
+    """Names of tables that get a sketch, whatever ``counter`` is (but "off"); none of their updates is left out. Needs
+    ``pip install torchrec-slipstream[sketch]``. On a GPU a sketch reads the look-ups of counted steps on the host, for
+    which these steps wait."""
+
+    max_counted_rows: int | None = None
+    """Tables of more rows than this (over all ranks) get a sketch as well; None: no table for its size."""
+
+    sketch_rows: int = 12_288
+    """Rows that a sketch lists at most, a table and rank; at least 768, of which it makes a multiple. A row is missed,
+    and a listed one's count too small, by at most some ``2.7 / sketch_rows`` of the look-ups. Some 60 bytes each."""
+
+    def __post_init__(self) -> None:
+        _one_of("counter", self.counter, COUNTERS)
+        _within("every", self.every, 1)
+        if self.half_life is not None:
+            _within("half_life", self.half_life, 1)
+        if self.max_counted_rows is not None:
+            _within("max_counted_rows", self.max_counted_rows, 0)
+        _within("sketch_rows", self.sketch_rows, 768)
+        object.__setattr__(self, "sketch_tables", _names("sketch_tables", self.sketch_tables))
+
+    @property
+    def scale(self) -> int:
+        """Look-ups that a counted one stands for."""
+        return 1 if self.counter == "exact" else self.every
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +178,17 @@ class SlipstreamConfig:
 
     staleness: StalenessConfig = field(default_factory=StalenessConfig)
     """Which updates are left out."""
+
+    access: AccessConfig = field(default_factory=AccessConfig)
+    """How look-ups are counted."""
+
+    def __post_init__(self) -> None:
+        if self.access.counter in ("sketch", "off") and self.staleness.target_share > 0.0:
+            raise ConfigError(
+                f"counter={self.access.counter!r} does not count every row's look-ups, by which "
+                f"target_share={self.staleness.target_share} chooses the updates to leave out. Use counter='sampled' "
+                "or 'exact' (with sketch_tables for those too large), or StalenessConfig(target_share=0)."
+            )
 
 
 def _within(name: str, value: float, low: float, high: float | None = None, *, open_end: bool = False) -> None:
@@ -142,6 +200,12 @@ def _within(name: str, value: float, low: float, high: float | None = None, *, o
     fits = isinstance(value, (int, float)) and low <= value and (value < high if open_end else value <= high)
     if not fits or isinstance(value, bool):
         raise ConfigError(f"{name}={value!r} must be a number in [{low}, {high}{')' if open_end else ']'}")
+
+
+def _names(name: str, value: tuple[str, ...]) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise ConfigError(f"{name}={value!r} is a string; give a tuple of table names")
+    return tuple(value)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

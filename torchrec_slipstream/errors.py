@@ -21,3 +21,11 @@ class StateError(SlipstreamError):
 
 class LookupRangeError(SlipstreamError):
     """A look-up names a row that its table does not have; nothing was updated."""
+
+
+class ProfileError(SlipstreamError):
+    """An access profile, or what it is measured from, is not what it should be; nothing was changed."""
+
+
+class PlanError(SlipstreamError):
+    """There is no plan, or none that fits the memory; the message says by how much, and what would."""

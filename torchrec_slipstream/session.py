@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from torchrec_slipstream.access import AccessProfile
+from torchrec_slipstream.access.live import LiveCounts, has_row_counts
+from torchrec_slipstream.access.merging import Ranks, merge
 from torchrec_slipstream.config import SlipstreamConfig
-from torchrec_slipstream.errors import AttachError, StateError
+from torchrec_slipstream.errors import AttachError, ProfileError, StateError
 from torchrec_slipstream.report.report import Report, TableReport
 from torchrec_slipstream.staleness.tracker import StalenessTracker
 from torchrec_slipstream.tbe import UpdateFilter, find_tbes
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class Slipstream:
-    """Leaves out the fused updates of rows that have stopped moving, in a model that is otherwise stock.
+    """Counts the look-ups of every row, and leaves out the fused updates of rows that have stopped moving, in a model
+    that is otherwise stock.
 
     Args:
         model: a ``DistributedModelParallel`` model, or any module tree that contains FBGEMM TBEs. Several embedding
@@ -30,7 +34,8 @@ class Slipstream:
             attach, and call :meth:`step`, alike.
 
     Raises:
-        AttachError: the model has no TBE, or one that cannot be filtered, or is attached already. Nothing changed.
+        AttachError: the model has no TBE, or one that cannot be filtered, or is attached already; or a table is to be
+            counted by a sketch and datasketches is not installed. Nothing changed.
 
     Example::
 
@@ -52,11 +57,17 @@ class Slipstream:
         self.config = config if config is not None else SlipstreamConfig()
         if not isinstance(self.config, SlipstreamConfig):
             raise AttachError(f"config must be a SlipstreamConfig, not {type(config).__name__}")
-        staleness = self.config.staleness
-        found = find_tbes(model, frozenset(staleness.exclude_tables))
+        staleness, access = self.config.staleness, self.config.access
+        found = find_tbes(model, frozenset(staleness.exclude_tables), sketch_tables=frozenset(access.sketch_tables))
         self._group = _group_of(model, process_group)
-        self._filters = [UpdateFilter(one) for one in found]
-        self._tracker = StalenessTracker(self._filters, staleness, self._total, self._group_device())
+        self._filters = [
+            UpdateFilter(one.counting(lambda shard: has_row_counts(shard, access)), fades=access.half_life is not None)
+            for one in found
+        ]
+        self._counts = LiveCounts(self._filters, access)
+        self._tracker = StalenessTracker(
+            self._filters, staleness, self._total, self._group_device(), scale=access.scale
+        )
         self._began = time.perf_counter()
         self._attached = True
         for one in self._filters:
@@ -73,6 +84,7 @@ class Slipstream:
         if not self._attached:
             raise AttachError("this session was detached; attach a new Slipstream to go on")
         self._tracker.step()
+        self._counts.step(self._tracker.steps)
 
     def detach(self) -> None:
         """Make the model stock again: from the next forward on, every row is updated. May be called twice."""
@@ -89,11 +101,13 @@ class Slipstream:
             stale = (one.patterns != 255).cpu()
             for i, shard in enumerate(one.shards):
                 features = [f for f, table in enumerate(one.feature_table) if table == i]
-                rows = slice(shard.row_begin, shard.row_begin + shard.rows)
+                touched = int((one.touches[shard.slots] > 0).sum()) if shard.counted else 0
+                if i in one.sketches:
+                    touched = len(one.sketches[i].items()[0])
                 mine = TableReport(
                     rows=shard.rows,
-                    stale_rows=int(stale[rows].sum()),
-                    touched_rows=int((one.touches[rows] > 0).sum()),
+                    stale_rows=int(stale[shard.slots].sum()),
+                    touched_rows=touched,
                     lookups=sum(lookups[f] for f in features),
                     skipped=sum(skipped[f] for f in features),
                 )
@@ -110,13 +124,50 @@ class Slipstream:
             decisions=list(tracker.decisions),
         )
 
+    @overload
+    def access_profile(self) -> AccessProfile: ...
+    @overload
+    def access_profile(self, dst: int | None) -> AccessProfile | None: ...
+    def access_profile(self, dst: int | None = None) -> AccessProfile | None:
+        """How often training looked up each row so far: whole logical tables, over all ranks.
+
+        A collective call: every rank must make it, between two steps. Look-ups in evaluation are not counted. Tables
+        are called by their names, or ``collection.table`` where two collections have one of the same name. Missing are
+        the tables that the session is not attached to: data-parallel ones, and excluded ones without a TBE in common
+        with others.
+
+        Args:
+            dst: the rank of the session's process group that gets the profile; None: all do, each with 4 bytes for
+                every row of the whole model (8 if a count is above 2^31; a sketched table's 16 for every listed row).
+                With a ``dst`` the others get None and need no memory for it.
+
+        Raises:
+            ProfileError: nothing is counted, or the group has no rank ``dst``.
+        """
+        access = self.config.access
+        if access.counter == "off":
+            raise ProfileError(
+                "AccessConfig(counter='off') counts no look-ups, so there is no profile; attach with 'sampled', "
+                "'exact' or 'sketch'"
+            )
+        ranks = Ranks(self._group, self._group_device())
+        if dst is not None and dst not in range(ranks.number):
+            raise ProfileError(
+                f"dst={dst!r}; give a rank of the session's process group, 0 to {ranks.number - 1}, or None"
+            )
+        return merge(self._counts.parts(), access.scale, ranks, dst)
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the model and its optimizers. Tensors only of this rank's shards.
 
         Save it a rank at a time, beside the model's checkpoint. A run resumed on the same sharding then equals an
         uninterrupted one bit for bit; without it, or on another sharding, rows are tracked afresh.
         """
-        return {"version": STATE_VERSION, "staleness": self._tracker.state_dict()}
+        return {
+            "version": STATE_VERSION,
+            "staleness": self._tracker.state_dict(),
+            "access": self._counts.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`'s state, after the model's own is loaded.
@@ -124,10 +175,20 @@ class Slipstream:
         Raises:
             StateError: it belongs to another version, model, sharding or configuration. Nothing was changed.
         """
-        if not isinstance(state, dict) or state.get("version") != STATE_VERSION or "staleness" not in state:
-            version = state.get("version") if isinstance(state, dict) else None
+        version = state.get("version") if isinstance(state, dict) else None
+        if version == 1:
+            raise StateError(
+                "this is a Slipstream state of version 1, which has no access counts; this release reads version "
+                f"{STATE_VERSION}. Start without it: the model's checkpoint is complete, rows are tracked afresh."
+            )
+        if version != STATE_VERSION or not {"staleness", "access"} <= state.keys():
             raise StateError(f"not a Slipstream state of version {STATE_VERSION} (version={version!r})")
+        self._counts.check_config(state["access"])
+        self._tracker.check(state["staleness"])
+        self._counts.check(state["access"])
         self._tracker.load_state_dict(state["staleness"])
+        self._counts.load_state_dict(state["access"])
+        self._counts.prepare(self._tracker.steps)
 
     # ------------------------------------------------------------------------------------------- over ranks
 

@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from benchmarks import convergence
 from benchmarks.controls import PROVIDERS, RandomLookups, attach_provider
 from tests.tables import make_lookups, make_tbe, table_states
-from torchrec_slipstream import Slipstream, StalenessConfig
+from torchrec_slipstream import AccessConfig, Slipstream, SlipstreamConfig, StalenessConfig
 from torchrec_slipstream.staleness.selection import ALWAYS_LIVE
 
 TINY = ["--samples", "4000", "--rows-per-table", "100", "--batch-size", "50", "--embedding-dim", "8", "--interval", "8"]
 KEYS = {"auc_delta", "auc_delta_sd", "logloss_delta", "logloss_delta_sd", "measured_share", "tracker_share"}
 # Every step is counted: from a sample of the steps, a row can be taken for trained that is not.
-CONFIG = StalenessConfig(
-    target_share=0.4, warmup_steps=5, interval=4, min_touches=3, max_table_share=1.0, count_every=1
-)
+STALENESS = StalenessConfig(target_share=0.4, warmup_steps=5, interval=4, min_touches=3, max_table_share=1.0)
+CONFIG = SlipstreamConfig(staleness=STALENESS, access=AccessConfig(counter="exact"))
 
 
 def test_it_ends_with_one_json_line_and_appends_to_the_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,7 +64,7 @@ def test_the_jobs_own_checks_are_made(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_random_lookups_are_left_out_at_their_share_and_blindly() -> None:
     tbe = make_tbe(rows=(40,), dims=(8,))
-    session = RandomLookups(nn.ModuleList([tbe]), CONFIG, seed=0)
+    session = RandomLookups(nn.ModuleList([tbe]), STALENESS, seed=0)
     (one,) = session.filters
     chosen: list[Tensor] = []
     choose = one.choose_live
@@ -83,8 +82,8 @@ def test_random_lookups_are_left_out_at_their_share_and_blindly() -> None:
     assert float(by_step.mean(dim=0).min()) > 0.2, "no place in the batch is spared or struck every time"
     assert session.report().measured_share == pytest.approx(1 - float(live.float().mean()))
     # Drawn by the seed alone.
-    again = RandomLookups(nn.ModuleList([make_tbe(rows=(40,), dims=(8,))]), CONFIG, seed=0).filters[0]
-    other = RandomLookups(nn.ModuleList([make_tbe(rows=(40,), dims=(8,))]), CONFIG, seed=1).filters[0]
+    again = RandomLookups(nn.ModuleList([make_tbe(rows=(40,), dims=(8,))]), STALENESS, seed=0).filters[0]
+    other = RandomLookups(nn.ModuleList([make_tbe(rows=(40,), dims=(8,))]), STALENESS, seed=1).filters[0]
     rows = torch.zeros(chosen[0].numel(), dtype=torch.int64)
     assert torch.equal(again.choose_live(rows), chosen[0])
     assert not torch.equal(other.choose_live(rows), chosen[0])
@@ -110,7 +109,7 @@ def random_rows_run(seed: int) -> tuple[list[Tensor], float]:
         if (step + 1) % 4 == 0 and step >= 5:
             stale = one.patterns != ALWAYS_LIVE
             assert int(stale.sum()) > 3
-            assert int(touches[stale].min()) >= CONFIG.min_touches, "a row that has not trained"
+            assert int(touches[stale].min()) >= STALENESS.min_touches, "a row that has not trained"
             decisions.append(stale)
     return decisions, session.report().measured_share
 
@@ -130,6 +129,6 @@ def test_providers_differ_in_their_choice_alone() -> None:
     for provider in PROVIDERS:
         session = attach_provider(provider, nn.ModuleList([make_tbe()]), CONFIG, seed=0)
         report = session.report()
-        assert report.target_share == CONFIG.target_share
+        assert report.target_share == STALENESS.target_share
     with pytest.raises(ValueError, match="provider is 'luck'; give one of ours, random_rows"):
         attach_provider("luck", nn.ModuleList([make_tbe()]), CONFIG, seed=0)

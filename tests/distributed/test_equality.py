@@ -11,7 +11,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
 from tests.distributed.ranks import run_ranks
 from tests.models import TwoCollections, batches_for, sharded
-from torchrec_slipstream import AttachError, Slipstream, SlipstreamConfig, StalenessConfig
+from torchrec_slipstream import AccessConfig, AttachError, Slipstream, SlipstreamConfig, StalenessConfig
 from torchrec_slipstream.staleness.selection import ALWAYS_LIVE
 
 pytestmark = pytest.mark.slow  # every test starts processes
@@ -22,9 +22,9 @@ SHARDINGS = ["table_wise", "row_wise", "column_wise"]
 def config(**changes: Any) -> SlipstreamConfig:
     # Duty cycles: which rows are live in a step is known before it, so that it can be compared row by row.
     base: dict[str, Any] = {
-        "selection": "duty", "count_every": 1, "interval": 5, "warmup_steps": 10, "max_table_share": 1.0,
+        "selection": "duty", "interval": 5, "warmup_steps": 10, "max_table_share": 1.0,
     }  # fmt: skip
-    return SlipstreamConfig(staleness=StalenessConfig(**{**base, **changes}))
+    return SlipstreamConfig(staleness=StalenessConfig(**{**base, **changes}), access=AccessConfig(counter="exact"))
 
 
 def _step_by_step(rank: int, sharding: str) -> dict[str, int]:

@@ -10,7 +10,7 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
 
 from tests.tables import TBE, Lookups, make_tbe, table_states
-from torchrec_slipstream import Slipstream, SlipstreamConfig, StalenessConfig
+from torchrec_slipstream import AccessConfig, Slipstream, SlipstreamConfig, StalenessConfig
 from torchrec_slipstream.staleness.signals import Movement
 from torchrec_slipstream.staleness.tracker import StalenessTracker
 from torchrec_slipstream.tbe import UpdateFilter, find_tbes
@@ -37,8 +37,10 @@ def train(tbe: TBE, session: Slipstream | None, steps: range) -> None:
 
 
 def config(**changes: object) -> SlipstreamConfig:
-    base = StalenessConfig(interval=10, warmup_steps=40, max_table_share=1.0, count_every=1)
-    return SlipstreamConfig(staleness=replace(base, **changes))  # type: ignore[arg-type]
+    """``changes`` are those of the staleness configuration, but for the access counters' ``every``."""
+    access = AccessConfig(every=int(str(changes.pop("every", 1))))
+    base = StalenessConfig(interval=10, warmup_steps=40, max_table_share=1.0)
+    return SlipstreamConfig(staleness=replace(base, **changes), access=access)  # type: ignore[arg-type]
 
 
 def tracker_of(session: Slipstream) -> StalenessTracker:
@@ -51,7 +53,7 @@ def tracker_of(session: Slipstream) -> StalenessTracker:
         {},
         {"target_share": 0.3},
         {"target_share": 0.8},
-        {"count_every": 3},
+        {"every": 3},
         {"tail_share": 0.8},
         {"selection": "duty"},
         {"selection": "duty", "normalise_tables": True},
@@ -201,18 +203,20 @@ def test_refreeze_rate_is_measured_under_threshold() -> None:
 
 
 def test_counts_survive_the_limit_of_int32(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchrec_slipstream.staleness import tracked_tbe
+    from torchrec_slipstream.access import counters
 
-    def pools() -> tuple[Tensor, Tensor, int]:
+    def pools(limit: int) -> tuple[Tensor, Tensor, int]:
         tbe = make_tbe(ROWS, (8, 8))
         session = Slipstream(tbe, config())
-        train(tbe, session, range(200))
+        train(tbe, session, range(60))
+        monkeypatch.setattr(counters, "TOUCHES_LIMIT", limit)
+        train(tbe, session, range(60, 200))
         one = tracker_of(session)._tbes[0]
         return one.pool.updates, one.pool.rate, int(one.filter.touches.max())
 
-    updates, rate, most = pools()
-    monkeypatch.setattr(tracked_tbe, "_TOUCHES_LIMIT", 100)
-    wrapped_updates, wrapped_rate, wrapped_most = pools()
+    updates, rate, most = pools(counters.TOUCHES_LIMIT)
+    # What a row enters the pool with is not made up for, so the limit must not be met before.
+    wrapped_updates, wrapped_rate, wrapped_most = pools(100)
     assert torch.equal(updates, wrapped_updates)
     assert torch.equal(rate, wrapped_rate)
     assert wrapped_most < most
@@ -232,6 +236,7 @@ def test_several_collections_share_one_scale() -> None:
     filters = [UpdateFilter(one) for one in find_tbes(model)]
     tracker = StalenessTracker(filters, config(selection="duty").staleness, lambda values: values)
     for one in filters:
+        one.counting = True
         one.attach()
     for step in range(200):
         for tbe in model:

@@ -28,8 +28,9 @@ class Decision:
 class TableReport:
     """One logical table, over all its shards and ranks. Column shards each count the rows and look-ups they see.
 
-    ``touched_rows`` had a look-up in a counted step (``StalenessConfig.count_every``), ``stale_rows`` may have look-ups
-    left out, ``skipped`` of the ``lookups`` were.
+    ``touched_rows`` had a look-up in a counted step (see ``AccessConfig``; of a table with a sketch, only the rows that
+    it lists; none where nothing is counted), ``stale_rows`` may have look-ups left out, ``skipped`` of the ``lookups``
+    were.
     """
 
     rows: int

@@ -16,15 +16,15 @@ from torchrec_slipstream.staleness.signals import SIGNALS, RowView, Signal
 from torchrec_slipstream.tbe import Sampling, UpdateFilter
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
-_TOUCHES_LIMIT = 2**30
 
 
 class TrackedTbe:
-    """One TBE's pool, and what a decision does with it."""
+    """One TBE's pool, and what a decision does with it. A touch stands for ``scale`` look-ups."""
 
-    def __init__(self, update_filter: UpdateFilter, config: StalenessConfig) -> None:
+    def __init__(self, update_filter: UpdateFilter, config: StalenessConfig, scale: int) -> None:
         self.filter = update_filter
         self.config = config
+        self.scale = scale
         self.signal = _signal_for(update_filter, config)
         shards = update_filter.shards
         device = update_filter.device
@@ -34,7 +34,8 @@ class TrackedTbe:
         self.row_bytes = RowPool.STATE_BYTES + max(dims) * self.snapshot_dtype.itemsize
         self.capacity = 0
         self.shard_begins = torch.tensor([shard.row_begin for shard in shards], dtype=torch.int64, device=device)
-        self.excluded = [shard.table in config.exclude_tables for shard in shards]
+        # A row without a count of its own cannot be known to have trained.
+        self.excluded = [shard.table in config.exclude_tables or not shard.counted for shard in shards]
         self.table_rate = torch.zeros(len(shards), dtype=torch.float64, device=device)
         self._table_seen = torch.zeros(len(shards), dtype=torch.int64, device=device)
         self._feature_table = torch.tensor(update_filter.feature_table, dtype=torch.int64, device=device)
@@ -53,12 +54,11 @@ class TrackedTbe:
         self.table_rate = decay * self.table_rate + (1.0 - decay) * new
 
         rows = self._pool_rows()
-        self._avoid_overflow()
         touches = self.filter.touches[rows]
-        scaled = touches.float() * config.count_every
+        scaled = touches.float() * self.scale
         pool = self.pool.moved_to(rows, scaled, intervals, self.shard_begins)
         assert pool.fresh is not None
-        new_touches = (touches - pool.seen).float() * config.count_every
+        new_touches = (touches - pool.seen).float() * self.scale
         pool.rate = torch.where(pool.fresh, pool.rate, decay * pool.rate + (1.0 - decay) * new_touches)
         new_updates = new_touches * pool.duty
         pool.updates = torch.where(pool.fresh, pool.updates, pool.updates + new_updates)
@@ -69,26 +69,25 @@ class TrackedTbe:
 
     def _pool_rows(self) -> Tensor:
         """Ascending rows with enough touches, the most-touched ones where memory does not hold all."""
-        least = -(-self.config.min_touches // self.config.count_every)
+        least = -(-self.config.min_touches // self.scale)
         touches = self.filter.touches
         rows = positions_of(touches >= least)
         if self.config.selection == "sampling" and not self.filter.can_sample:
             return rows[:0]
         for shard, left_alone in zip(self.filter.shards, self.excluded, strict=True):
             if left_alone:
-                rows = rows[(rows < shard.row_begin) | (rows >= shard.row_begin + shard.rows)]
+                rows = rows[(rows < shard.slots.start) | (rows >= shard.slots.stop)]
         if rows.numel() > self.capacity:
             most = touches[rows].topk(self.capacity, sorted=False).indices
             rows = rows[most.sort().values]
         return rows
 
-    def _avoid_overflow(self) -> None:
-        """int32 would wrap after 2^31 look-ups of one row. Only differences matter once a row is in the pool."""
-        pool = self.pool
-        near = pool.seen > _TOUCHES_LIMIT
-        if pool.rows.numel() and bool(near.any()):
-            self.filter.touches[pool.rows[near]] -= _TOUCHES_LIMIT // 2
-            pool.seen[near] -= _TOUCHES_LIMIT // 2
+    def follow_lowering(self) -> None:
+        """Let the touches be kept within int32, and the pool's own with them. Call between two steps."""
+        rows, taken = self.filter.counts.lower_high()
+        if rows.numel():
+            lowered = torch.isin(self.pool.rows, rows)
+            self.pool.seen[lowered] -= taken[torch.searchsorted(rows, self.pool.rows[lowered])]
 
     def _score(self, signal: Signal, new_updates: Tensor) -> None:
         """Bring every row's signal up to date, and take the snapshots for the next."""
@@ -182,7 +181,7 @@ class TrackedTbe:
         saved = {}
         none = torch.empty(0, device=one.device)
         for i, shard in enumerate(one.shards):
-            rows = slice(shard.row_begin, shard.row_begin + shard.rows)
+            rows = shard.slots
             features = self._feature_table == i
             saved[shard.key] = {
                 "touches": one.touches[rows].clone(),
@@ -232,7 +231,7 @@ class TrackedTbe:
         parts = [shards[shard.key] for shard in one.shards]
         pool = RowPool.empty(one.device, [], self.snapshot_dtype)
         for i, (shard, part) in enumerate(zip(one.shards, parts, strict=True)):
-            rows = slice(shard.row_begin, shard.row_begin + shard.rows)
+            rows = shard.slots
             features = self._feature_table == i
             one.touches[rows] = part["touches"]
             one.patterns[rows] = part["patterns"]
@@ -247,6 +246,7 @@ class TrackedTbe:
             setattr(pool, name, torch.cat(values))
         pool.snapshots = [part["pool.snapshots"].to(one.device) for part in parts]
         self.pool = pool
+        one.counts.loaded()
         one.magnitudes = [parts[0]["magnitudes"].to(one.device)] if parts[0]["magnitudes"].numel() else []
         one.any_stale = bool((one.patterns != selection.ALWAYS_LIVE).any())
 

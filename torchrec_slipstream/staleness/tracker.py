@@ -1,8 +1,8 @@
 """The staleness tracker: decides once an interval which updates are left out until the next.
 
-Between two decisions a step costs one gather (in the update filter) and, where it is counted, one scatter of counts.
-At a decision, every rank looks at its own rows and agrees with the others on one number, the scale of the duties or
-the threshold, through sums over the ranks.
+Between two decisions a step costs one gather, in the update filter: the look-ups are counted for the access profile
+anyway (``access/live.py``), and the same counts serve here. At a decision, every rank looks at its own rows and agrees
+with the others on one number, the scale of the duties or the threshold, through sums over the ranks.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class StalenessTracker:
         config: the knobs.
         total: sums a float64 tensor over the ranks in place and returns it; the identity on one rank.
         device: where ``total`` wants its tensors on a rank without tables; default: the CPU.
+        scale: look-ups that a touch stands for (``AccessConfig.scale``).
 
     Raises:
         AttachError: the configured signal needs optimizer state that a table's optimizer does not keep.
@@ -48,6 +49,8 @@ class StalenessTracker:
         config: StalenessConfig,
         total: selection.Total,
         device: torch.device | None = None,
+        *,
+        scale: int = 1,
     ) -> None:
         self.config = config
         self.filters = list(filters)
@@ -58,7 +61,7 @@ class StalenessTracker:
         self.decisions: list[Decision] = []
         self._intervals = 0
         self._baseline: tuple[int, int] | None = None
-        self._tbes = [TrackedTbe(one, config) for one in self.filters]
+        self._tbes = [TrackedTbe(one, config, scale) for one in self.filters]
         rows = sum(one.patterns.numel() for one in self.filters)
         for tbe in self._tbes:
             tbe.capacity = config.memory_bytes * tbe.filter.patterns.numel() // max(1, rows) // tbe.row_bytes
@@ -72,6 +75,8 @@ class StalenessTracker:
         """Call after every training step. At the end of an interval it decides."""
         began = time.perf_counter()
         self.steps += 1
+        for tbe in self._tbes:
+            tbe.follow_lowering()
         if self.steps % self.config.interval == 0:
             self._decide()
             self.seconds += time.perf_counter() - began
@@ -80,7 +85,6 @@ class StalenessTracker:
     def _prepare_step(self) -> None:
         for one in self.filters:
             one.phase = self.steps % selection.PHASES
-            one.counting = self.steps % self.config.count_every == 0
             one.step = self.steps
             to_go = self.config.interval - self.steps % self.config.interval
             one.watching = self.config.selection == "sampling" and to_go <= _WATCHED_STEPS
@@ -205,12 +209,8 @@ class StalenessTracker:
             "shards": shards,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave. Checks everything first.
-
-        Raises:
-            StateError: other tables or shards, other sizes, or another configuration.
-        """
+    def check(self, state: dict[str, Any]) -> None:
+        """Raise StateError unless :meth:`load_state_dict` can restore this state."""
         if missing := [key for key in _SAVED if key not in state]:
             raise StateError(f"the saved staleness state is incomplete: it lacks {missing}")
         shards = state["shards"]
@@ -230,15 +230,28 @@ class StalenessTracker:
                 f"the saved state was made with another configuration: {differing} differ. Use the same "
                 "StalenessConfig to resume, or start without the staleness state."
             )
-        try:
-            steps, intervals = int(state["steps"]), int(state["intervals"])
-            baseline = None if state["baseline"] is None else (int(state["baseline"][0]), int(state["baseline"][1]))
-            sampling = None if state["sampling"] is None else Sampling(*state["sampling"])
-            decisions = [Decision(**decision) for decision in state["decisions"]]
-        except (TypeError, ValueError, IndexError) as error:
-            raise StateError(f"the saved staleness state is malformed: {error}") from error
-        self.steps, self._intervals, self._baseline, self.decisions = steps, intervals, baseline, decisions
+        _progress(state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave. Checks everything first.
+
+        Raises:
+            StateError: other tables or shards, other sizes, or another configuration.
+        """
+        self.check(state)
+        self.steps, self._intervals, self._baseline, sampling, self.decisions = _progress(state)
         for tbe in self._tbes:
-            tbe.load(shards)
+            tbe.load(state["shards"])
             tbe.filter.sampling = sampling
         self._prepare_step()
+
+
+def _progress(state: dict[str, Any]) -> tuple[int, int, tuple[int, int] | None, Sampling | None, list[Decision]]:
+    """Of a saved state: steps, intervals, baseline, sampling and decisions. Raises StateError if they are malformed."""
+    try:
+        baseline = None if state["baseline"] is None else (int(state["baseline"][0]), int(state["baseline"][1]))
+        sampling = None if state["sampling"] is None else Sampling(*state["sampling"])
+        decisions = [Decision(**decision) for decision in state["decisions"]]
+        return int(state["steps"]), int(state["intervals"]), baseline, sampling, decisions
+    except (TypeError, ValueError, IndexError) as error:
+        raise StateError(f"the saved staleness state is malformed: {error}") from error

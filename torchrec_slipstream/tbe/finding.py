@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -35,7 +35,8 @@ class TableShard:
     """One table's part in one TBE on this rank.
 
     ``rows`` and ``dim`` are local; ``row_offset`` and ``col_offset`` place the shard in the logical table of
-    ``table_rows`` x ``table_dim``. Its rows are ``[row_begin, row_begin + rows)`` of the TBE's row space.
+    ``table_rows`` x ``table_dim``. Its rows are ``[row_begin, row_begin + rows)`` of the filter's row space; all are
+    ``row_begin`` where they are not ``counted`` one by one.
     """
 
     table: str
@@ -47,6 +48,12 @@ class TableShard:
     col_offset: int = 0
     table_rows: int = 0
     table_dim: int = 0
+    counted: bool = True
+
+    @property
+    def slots(self) -> slice:
+        """Its part of the filter's row space: a slot a row, or one for all."""
+        return slice(self.row_begin, self.row_begin + (self.rows if self.counted else 1))
 
     @property
     def key(self) -> str:
@@ -61,8 +68,18 @@ class FoundTbe:
     tbe: TBE
     shards: tuple[TableShard, ...]
 
+    def counting(self, wanted: Callable[[TableShard], bool]) -> FoundTbe:
+        """The same with slots only for the rows of shards that are ``wanted``; the others have one slot each."""
+        shards, begin = [], 0
+        for shard in self.shards:
+            shards.append(replace(shard, row_begin=begin, counted=wanted(shard)))
+            begin = shards[-1].slots.stop
+        return FoundTbe(self.tbe, tuple(shards))
 
-def find_tbes(model: nn.Module, exclude_tables: frozenset[str] = frozenset()) -> list[FoundTbe]:
+
+def find_tbes(
+    model: nn.Module, exclude_tables: frozenset[str] = frozenset(), *, sketch_tables: frozenset[str] = frozenset()
+) -> list[FoundTbe]:
     """All TBEs below ``model`` whose updates can be filtered, in a stable order. Changes nothing.
 
     ``model`` is a DistributedModelParallel or any module tree that contains TBEs. A rank to which a sharded model gave
@@ -72,7 +89,7 @@ def find_tbes(model: nn.Module, exclude_tables: frozenset[str] = frozenset()) ->
     Raises:
         AttachError: no TBE at all; a table without a fused update (data parallel, dense, key-value); an optimizer
             for which a skipped update would be wrong; a TBE that is attached already; a name in
-            ``exclude_tables`` that is not in the model.
+            ``exclude_tables`` or ``sketch_tables`` that is not in the model.
     """
     found: list[FoundTbe] = []
     problems: list[str] = []
@@ -101,10 +118,9 @@ def find_tbes(model: nn.Module, exclude_tables: frozenset[str] = frozenset()) ->
             problems.append(f"table(s) {', '.join(sorted(tables))}: {why}")
         else:
             found.append(FoundTbe(tbe, shards))
-    if unknown := exclude_tables - names:
-        problems.append(
-            f"exclude_tables names {sorted(unknown)}, which the model does not have; it has {sorted(names)}"
-        )
+    for option, given in (("exclude_tables", exclude_tables), ("sketch_tables", sketch_tables)):
+        if unknown := given - names:
+            problems.append(f"{option} names {sorted(unknown)}, which the model does not have; it has {sorted(names)}")
     if problems:
         raise AttachError(
             "cannot attach to this model:\n  "

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from torch import Tensor
 
 from torchrec_slipstream.staleness.compaction import Compaction
@@ -16,6 +16,7 @@ from torchrec_slipstream.staleness.selection import ALWAYS_LIVE
 from torchrec_slipstream.tbe import sampling
 from torchrec_slipstream.tbe.backward import SavedLookups, WeightGradient, prehook, scale_vbe, weight_gradient
 from torchrec_slipstream.tbe.class_swap import swap_in, swap_out
+from torchrec_slipstream.tbe.counting import LookupCounter
 from torchrec_slipstream.tbe.finding import FoundTbe
 
 
@@ -27,49 +28,36 @@ class Sampling:
     least: float
 
 
-class UpdateFilter:
+class UpdateFilter(LookupCounter):
     """Leaves the updates of stale rows out of one TBE's fused backward, and counts its look-ups.
 
     Args:
         found: the TBE with its shards. Nothing is changed until :meth:`attach`.
+        fades: whether the counts will be halved now and then.
 
     Attributes:
-        patterns: uint8 ``[rows of the TBE]``; bit ``phase`` of a row's byte says whether the row is live in the
-            coming step. 255, always live, at first. Change it with :meth:`set_patterns`, between two steps.
+        patterns: uint8 ``[slots]``; bit ``phase`` of a row's byte says whether the row is live in the coming step. 255,
+            always live, at first. Change it with :meth:`set_patterns`, between two steps.
         phase: which bit counts, 0 to 7.
-        touches: int32 ``[rows of the TBE]``, look-ups of every row in the steps for which ``counting`` was True.
-        counting: whether the coming steps are counted in ``touches``.
         sampling: None, or how to sample the look-ups of rows that are not live: a :class:`Sampling`.
         watching: whether the coming backwards' gradient magnitudes are kept in ``magnitudes``.
         step: number of the coming step; sampling draws by it.
-        lookups, skipped: int64 ``[features]``, look-ups seen by training steps, and those left out.
+        skipped: int64 ``[features]``, look-ups whose update was left out.
     """
 
-    def __init__(self, found: FoundTbe) -> None:
-        tbe = found.tbe
-        self.tbe = tbe
-        self.shards = found.shards
-        self.device = tbe.current_device
-        rows = sum(shard.rows for shard in found.shards)
-        self.patterns = torch.full((rows,), ALWAYS_LIVE, dtype=torch.uint8, device=self.device)
+    def __init__(self, found: FoundTbe, *, fades: bool = False) -> None:
+        super().__init__(found, fades=fades)
+        self.patterns = torch.full((self.touches.numel(),), ALWAYS_LIVE, dtype=torch.uint8, device=self.device)
         self.phase = 0
-        self.touches = torch.zeros(rows, dtype=torch.int32, device=self.device)
-        self.counting = False
         self.sampling: Sampling | None = None
         self.watching = False
         self.magnitudes: list[Tensor] = []
         self.step = 0
         self._draws = (0, 0)
         self.any_stale = False
-        self.feature_table: list[int] = list(tbe.feature_table_map)
-        features = len(self.feature_table)
-        self._feature_begin = torch.tensor(
-            [found.shards[t].row_begin for t in self.feature_table], dtype=torch.int64, device=self.device
-        )
         self._dims = [found.shards[t].dim for t in self.feature_table]
         self._feature_dims = torch.tensor(self._dims, dtype=torch.int64, device=self.device)
-        self.lookups = torch.zeros(features, dtype=torch.int64, device=self.device)
-        self.skipped = torch.zeros(features, dtype=torch.int64, device=self.device)
+        self.skipped = torch.zeros_like(self.lookups)
 
     def attach(self) -> None:
         """Make the TBE use this filter from its next forward on."""
@@ -103,7 +91,7 @@ class UpdateFilter:
         return [states[0] for states in self.tbe.split_optimizer_states()]
 
     def choose_live(self, rows: Tensor) -> Tensor:
-        """bool ``[N]``, which of the look-ups of ``rows`` (int64 ``[N]`` in the TBE's row space) are live."""
+        """bool ``[N]``, which of the look-ups of ``rows`` (int64 ``[N]``, slots) are live."""
         word = self.patterns.index_select(0, rows)
         return word.bitwise_and_(1 << self.phase).ne_(0).view(torch.bool)
 
@@ -136,11 +124,15 @@ class UpdateFilter:
             batch_size_per_feature_per_rank=batch_size_per_feature_per_rank,
             **more,
         )
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or indices.numel() == 0:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return stock(indices, offsets, per_sample_weights, **batch)
+        if indices.numel() == 0:
+            output = stock(indices, offsets, per_sample_weights, **batch)
+            self.count_samples(offsets, batch_size_per_feature_per_rank)
+            return output
         if not self.any_stale:
             output = stock(indices, offsets, per_sample_weights, **batch)
-            self._observe()
+            self.observe(batch_size_per_feature_per_rank, want_rows=False)
             if self.watching and output.grad_fn is not None:
                 layout = self._layout(batch_size_per_feature_per_rank, more)
                 prehook(output, lambda gradient: self._watch(sampling.magnitudes(gradient, layout), gradient))
@@ -163,7 +155,7 @@ class UpdateFilter:
         if output.grad_fn is None:
             return output
         saved.check()
-        rows, bounds = self._observe()
+        rows, bounds = self.observe(batch_size_per_feature_per_rank, want_rows=True)
         live = self.choose_live(rows)
         if self.sampling is not None:
             layout = self._layout(batch_size_per_feature_per_rank, more)
@@ -176,29 +168,6 @@ class UpdateFilter:
             gradient = weight_gradient(tbe, feature_requires_grad, batch_size_per_feature_per_rank, more)
             output = WeightGradient.apply(output, per_sample_weights, gradient)
         return output
-
-    def _observe(self) -> tuple[Tensor, Tensor]:
-        """Count the look-ups of the forward just run; their rows in the TBE's row space, and feature bounds."""
-        # What FBGEMM made of the arguments: casts done, out-of-range indices put right by its bounds check.
-        indices, offsets = self.tbe._indices, self.tbe._offsets
-        if self.device.type == "cpu" and self.tbe.bounds_check_mode_int == BoundsCheckMode.NONE.value:
-            # Nothing refuses indices that are longer than the last offset says; FBGEMM does not read their end.
-            indices = indices[: int(offsets[-1])]
-        bag_bounds = self.tbe._vbe_B_offsets
-        if bag_bounds is not None and bag_bounds.numel() > 0:
-            bounds = offsets.index_select(0, bag_bounds)
-        else:
-            bounds = offsets[:: max(1, (offsets.numel() - 1) // len(self.feature_table))]
-        lengths = bounds.diff()
-        self.lookups += lengths
-        rows = bounds
-        if self.any_stale or self.counting:
-            rows = torch.repeat_interleave(self._feature_begin, lengths, output_size=indices.numel())
-            rows += indices
-        if self.counting:
-            one = torch.ones((), dtype=torch.int32, device=self.device)
-            self.touches.scatter_add_(0, rows, one.expand(rows.numel()))
-        return rows, bounds
 
     def _mend_gradient(
         self,

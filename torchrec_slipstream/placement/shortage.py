@@ -1,0 +1,111 @@
+"""Why there is no plan: what is short, by how much, and what would fit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torchrec.distributed.planner.types import Enumerator, ShardingOption, Topology
+
+from torchrec_slipstream.budget import format_bytes
+from torchrec_slipstream.placement.estimators import storage_of
+from torchrec_slipstream.placement.layout import Layout
+
+
+def explain_shortage(topology: Topology, layout: Layout, enumerator: Enumerator, upstream: str) -> str:
+    """The message for tables that do not fit, whatever is hot.
+
+    Args:
+        topology: the devices, before the storage reservation.
+        upstream: what TorchRec's planner said last.
+    """
+    # With nothing hot a table needs the least HBM; the least that any of its options needs bounds the total.
+    layout.choose(layout.options, 0.0)
+    enumerator.populate_estimates(layout.options)
+    least = _least(layout)
+    devices = topology.world_size
+    lines = [_head(topology, len(least))]
+    remedies: list[str] = []
+    for memory in ("hbm", "ddr"):
+        needed = sum(getattr(storage, memory) for storage, _ in least.values())
+        had = sum(getattr(device.storage, memory) for device in layout.capacity.devices)
+        total = sum(getattr(device.storage, memory) for device in topology.devices)
+        what = "HBM" if memory == "hbm" else "host memory"
+        if memory == "hbm" and not layout.has_hbm:
+            continue
+        if needed > had:
+            reserved = f" ({format_bytes(total)} less the reservation)" if total > had else ""
+            lines.append(
+                f"{what}: at least {format_bytes(needed)} are needed, {format_bytes(had)} are there{reserved}: "
+                f"{format_bytes(needed - had)} too little."
+            )
+            if had > 0:
+                remedies.append(f"{math.ceil(needed / (had / devices))} such devices instead of {devices}")
+            remedies.append(
+                f"{format_bytes(math.ceil(needed / devices) + (total - had) // devices)} of {what} a device"
+            )
+            largest = max(least, key=lambda fqn: getattr(least[fqn][0], memory))
+            remedies.append(
+                f"a smaller table {largest} (it alone needs {format_bytes(getattr(least[largest][0], memory))})"
+            )
+    if not remedies:
+        lines += _too_large_for_one(layout, least, remedies)
+    if not remedies:
+        lines.append(
+            f"In total they would fit; the constraints leave no way to lay them out. TorchRec: {_last(upstream)}"
+        )
+        remedies.append("fewer constraints on sharding types and compute kernels, or smaller batches")
+    lines.append("What would fit: " + "; or ".join(remedies) + ".")
+    return "\n  ".join(lines)
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    hbm: int
+    ddr: int
+
+
+def _least(layout: Layout) -> dict[str, tuple[_Bytes, ShardingOption]]:
+    """By fqn, the least HBM that one of the table's options needs, and that option."""
+    least: dict[str, tuple[_Bytes, ShardingOption]] = {}
+    for option in layout.options:
+        total = option.total_storage
+        mine = _Bytes(total.hbm, total.ddr)
+        if option.fqn not in least or (mine.hbm, mine.ddr) < (least[option.fqn][0].hbm, least[option.fqn][0].ddr):
+            least[option.fqn] = (mine, option)
+    return least
+
+
+def _too_large_for_one(
+    layout: Layout, least: dict[str, tuple[_Bytes, ShardingOption]], remedies: list[str]
+) -> list[str]:
+    """Tables of which every option has a shard that no device can hold."""
+    lines = []
+    for memory, what in (("hbm", "HBM"), ("ddr", "host memory")):
+        most = max(getattr(device.storage, memory) for device in layout.capacity.devices)
+        for fqn in least:
+            mine = [option for option in layout.options if option.fqn == fqn]
+            smallest = min(max(getattr(storage_of(shard), memory) for shard in option.shards) for option in mine)
+            if smallest > most:
+                types = ", ".join(sorted({option.sharding_type for option in mine}))
+                lines.append(
+                    f"Table {fqn}: its largest shard needs {format_bytes(smallest)} of {what} with the sharding types "
+                    f"it may have ({types}), and a device has {format_bytes(most)}: {format_bytes(smallest - most)} "
+                    "too little."
+                )
+                remedies.append(f"row-wise sharding of {fqn}, or {format_bytes(smallest)} of {what} a device")
+    return lines
+
+
+def _head(topology: Topology, tables: int) -> str:
+    device = topology.devices[0].storage
+    hbm = f"{format_bytes(device.hbm)} of HBM and " if device.hbm else ""
+    return (
+        f"there is no plan: {tables} tables do not fit {topology.world_size} {topology.compute_device} device(s) with "
+        f"{hbm}{format_bytes(device.ddr)} of host memory each, even with nothing hot."
+    )
+
+
+def _last(upstream: str) -> str:
+    lines = [line.strip() for line in upstream.splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"

@@ -1,0 +1,183 @@
+"""The tables of a model as the planner sees them: their rows' bytes, their access counts, and what they may become."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.planner.types import ParameterConstraints, ShardingOption
+from torchrec.distributed.types import CacheAlgorithm, CacheParams, ModuleSharder, ShardingType
+
+from torchrec_slipstream.access import AccessProfile, CountHistogram, TableAccess
+from torchrec_slipstream.errors import ProfileError
+from torchrec_slipstream.tbe.memory import OptimizerState, RowBytes, optimizer_of, row_bytes
+
+FUSED = EmbeddingComputeKernel.FUSED.value
+UVM = EmbeddingComputeKernel.FUSED_UVM.value
+CACHING = EmbeddingComputeKernel.FUSED_UVM_CACHING.value
+# The kernels that rows can be placed with, the best template for an estimate first.
+PLACED_KERNELS = (FUSED, CACHING, UVM)
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedTable:
+    """One table of the model, with what its rows cost and how often each is looked up.
+
+    Attributes:
+        fqn: path of its collection and its name, unique in the model.
+        lookups_a_step: look-ups of it in one global batch.
+        kernels: of ``PLACED_KERNELS``, those that the sharder and the constraints allow.
+        backing: what holds its rows in host memory, ``"uvm"`` or ``"caching"``.
+        cache: what the constraints ask of FBGEMM's cache.
+    """
+
+    fqn: str
+    name: str
+    rows: int
+    dim: int
+    element_size: int
+    state: OptimizerState
+    access: TableAccess
+    lookups_a_step: float
+    kernels: frozenset[str]
+    backing: str
+    cache: CacheParams
+    _histograms: dict[tuple[int, int], CountHistogram] = field(default_factory=dict, repr=False)
+
+    @property
+    def may_be_whole(self) -> bool:
+        return FUSED in self.kernels
+
+    @property
+    def must_be_whole(self) -> bool:
+        return self.kernels <= {FUSED}
+
+    @property
+    def holds_hot_rows(self) -> bool:
+        """Whether rows can be hot without the whole table being in HBM."""
+        return self.backing == "uvm" or CACHING in self.kernels
+
+    def bytes_of(self, columns: int) -> RowBytes:
+        """Of the part of a row that a shard of so many columns holds."""
+        return row_bytes(
+            columns, self.element_size, self.state, self.backing, lfu=self.cache.algorithm == CacheAlgorithm.LFU
+        )
+
+    def histogram(self, begin: int, rows: int) -> CountHistogram:
+        """Of the rows ``[begin, begin + rows)``; made once."""
+        if (begin, rows) == (0, self.rows):
+            return self.access.histogram
+        key = (begin, rows)
+        if key not in self._histograms:
+            self._histograms[key] = CountHistogram.of(self.access.counts_of(begin, begin + rows))
+        return self._histograms[key]
+
+    def misses(self, histogram: CountHistogram, cold_rows: np.ndarray[Any, Any]) -> float:
+        """Distinct cold rows of one global batch, expected (SCARS): they cross the bus once each way.
+
+        Args:
+            histogram: of the rows in question.
+            cold_rows: how many rows of each of its classes are cold, ``[m]``.
+        """
+        if self.access.lookups == 0:
+            return 0.0
+        chance = np.minimum(histogram.counts / self.access.lookups, 1.0)
+        with np.errstate(divide="ignore"):
+            absent = np.exp(self.lookups_a_step * np.log1p(-chance))
+        return float(((1.0 - absent) * cold_rows).sum())
+
+
+def plan_tables(
+    options: Sequence[ShardingOption],
+    sharders: Sequence[ModuleSharder[nn.Module]],
+    profile: AccessProfile,
+    *,
+    backing: str,
+    global_batch: int,
+) -> dict[str, PlannedTable]:
+    """The tables among the enumerated sharding ``options`` whose rows can be placed, by fqn.
+
+    A table that is data parallel only, or in a key-value store, is left to TorchRec.
+
+    Raises:
+        ProfileError: a table is not in the profile, or has another number of rows there.
+    """
+    fused_params: dict[type, Mapping[str, Any] | None] = {s.module_type: s.fused_params for s in sharders}
+    kernels: dict[str, set[str]] = {}
+    first: dict[str, ShardingOption] = {}
+    for option in options:
+        if is_placed(option):
+            kernels.setdefault(option.fqn, set()).add(option.compute_kernel)
+            first.setdefault(option.fqn, option)
+    tables = {}
+    problems = []
+    for fqn, option in first.items():
+        access = access_of(profile, option)
+        rows, dim = option.tensor.shape
+        if access is None:
+            problems.append(f"table {fqn} is not in the access profile")
+        elif access.rows != rows:
+            problems.append(f"table {fqn} has {rows} rows, but {access.rows} in the access profile")
+        else:
+            tables[fqn] = PlannedTable(
+                fqn=fqn,
+                name=option.name,
+                rows=rows,
+                dim=dim,
+                element_size=option.tensor.element_size(),
+                state=optimizer_of(option.tensor, fused_params.get(type(option.module[1]))),
+                access=access,
+                lookups_a_step=lookups_a_sample(profile, access) * global_batch,
+                kernels=frozenset(kernels[fqn]),
+                backing=backing,
+                cache=option.cache_params or CacheParams(),
+            )
+    if problems:
+        known = ", ".join(sorted(profile.tables)[:8])
+        raise ProfileError(
+            "the access profile does not fit this model:\n  "
+            + "\n  ".join(problems[:20])
+            + f"\nIt has {known}{', ...' if len(profile.tables) > 8 else ''}. Measure it anew with the model's own "
+            "tables: AccessProfile.measure(batches, model)."
+        )
+    return tables
+
+
+def is_placed(option: ShardingOption) -> bool:
+    """Whether rows can be placed under this option."""
+    return option.compute_kernel in PLACED_KERNELS and option.sharding_type != ShardingType.DATA_PARALLEL.value
+
+
+def access_of(profile: AccessProfile, option: ShardingOption) -> TableAccess | None:
+    """The table's counts: under its fqn where two collections have a table of the name, else under its name."""
+    for name in (option.fqn, option.name):
+        if name in profile.tables:
+            return profile.tables[name]
+    return None
+
+
+def lookups_a_sample(profile: AccessProfile, access: TableAccess) -> float:
+    """Look-ups of a table in one sample, over all its features; what TorchRec calls its pooling factor."""
+    return access.lookups / profile.samples if profile.samples else 0.0
+
+
+def with_measured_pooling(
+    constraints: Mapping[str, ParameterConstraints] | None, profile: AccessProfile
+) -> dict[str, ParameterConstraints]:
+    """The user's constraints, with measured pooling factors where he gave none.
+
+    TorchRec estimates inputs, outputs and times with one look-up a sample otherwise.
+    """
+    merged = dict(constraints or {})
+    default = ParameterConstraints().pooling_factors
+    for name, access in profile.tables.items():
+        known = merged.get(name, ParameterConstraints())
+        if known.pooling_factors == default and profile.samples:
+            copied = ParameterConstraints(**vars(known))
+            copied.pooling_factors = [max(lookups_a_sample(profile, access), 1e-6)]
+            merged[name] = copied
+    return merged
