@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from numbers import Integral
 
 from torchrec_slipstream.errors import ConfigError
 
@@ -18,15 +19,20 @@ def parse_bytes(size: int | str) -> int:
     """A size in bytes, from a whole number or a string such as ``"8GiB"``, ``"1.5 TB"``, ``"4096"``.
 
     Raises:
-        ConfigError: it is neither, or negative. The message names it.
+        ConfigError: it is neither, or negative, or a string of a fractional number of bytes. The message names it.
     """
-    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
-        return size
+    if isinstance(size, Integral) and not isinstance(size, bool) and size >= 0:
+        return int(size)  # numpy's are not int
     match = _PATTERN.fullmatch(size) if isinstance(size, str) else None
     unit = _UNITS.get(match[2]) if match else None
     if match is None or unit is None:
         raise ConfigError(
             f"{size!r} is not a size of memory; give bytes as a whole number, or a string such as '8GiB' or '500MB'"
+        )
+    if unit == 1 and "." in match[1]:  # a share, or a unit that was forgotten: a budget of 0 or 1 byte is not meant
+        raise ConfigError(
+            f"{size!r} is not a size of memory: bytes are whole; give a unit as in '8GiB', or where a share is meant "
+            "a float such as 0.25 (on the command line 25%)"
         )
     return int(float(match[1]) * unit)
 

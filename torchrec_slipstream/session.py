@@ -16,7 +16,7 @@ from torchrec_slipstream.config import SlipstreamConfig
 from torchrec_slipstream.errors import AttachError, ProfileError, StateError
 from torchrec_slipstream.report.report import Report, TableReport
 from torchrec_slipstream.staleness.tracker import StalenessTracker
-from torchrec_slipstream.tbe import UpdateFilter, find_tbes
+from torchrec_slipstream.tbe import UpdateFilter, find_tbes, process_group_of
 
 STATE_VERSION = 2
 
@@ -59,7 +59,7 @@ class Slipstream:
             raise AttachError(f"config must be a SlipstreamConfig, not {type(config).__name__}")
         staleness, access = self.config.staleness, self.config.access
         found = find_tbes(model, frozenset(staleness.exclude_tables), sketch_tables=frozenset(access.sketch_tables))
-        self._group = _group_of(model, process_group)
+        self._group = process_group if process_group is not None else process_group_of(model)
         self._filters = [
             UpdateFilter(one.counting(lambda shard: has_row_counts(shard, access)), fades=access.half_life is not None)
             for one in found
@@ -212,12 +212,3 @@ class Slipstream:
             for name, table in part.items():
                 summed[name] = summed[name] + table if name in summed else table
         return summed
-
-
-def _group_of(model: nn.Module, given: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    if given is not None:
-        return given
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    environment: Any = getattr(model, "_env", None)
-    return environment.process_group if environment is not None else dist.group.WORLD

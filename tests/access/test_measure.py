@@ -252,3 +252,8 @@ def test_a_profile_learns_from_its_halves_where_it_knows_them() -> None:
     assert AccessProfile.measure(iter(batches), config, steps=4) == learnt
     assert AccessProfile.measure(iter(batches), config) == halves[0].merge(halves[1]), "a stream of unknown length"
     assert AccessProfile.measure(iter(batches), config, steps=8)["t"].recurrence is None, "a stream that ended early"
+    # 3 batches and 1: the halves may differ, and what followed is taken per sample.
+    uneven = AccessProfile.measure(iter(batches), config, steps=6)["t"].recurrence
+    assert uneven is not None
+    assert (uneven.earlier_samples, uneven.later_samples) == (6, 2)
+    assert AccessProfile.measure(iter([*batches, *batches[:2]]), config, steps=10)["t"].recurrence is None, "5 and 1"

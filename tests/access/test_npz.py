@@ -29,6 +29,20 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, profile: AccessPro
     assert os.listdir(path.parent) == ["profile.npz"]
 
 
+@given(one=profiles((30, 7)), other=profiles((30, 7)), third=profiles((30, 7)))
+def test_round_trip_of_what_was_learnt(
+    tmp_path_factory: pytest.TempPathFactory, one: AccessProfile, other: AccessProfile, third: AccessProfile
+) -> None:
+    learnt = one.followed_by(other).merge(third.followed_by(one))
+    path = tmp_path_factory.mktemp("p") / "profile.npz"
+    learnt.save(path)
+    loaded = AccessProfile.load(path)
+    assert loaded == learnt
+    for name, table in learnt.tables.items():
+        assert loaded[name].recurrence == table.recurrence
+        assert (table.recurrence is None) == (min(one.samples, other.samples) < 1 > min(third.samples, one.samples))
+
+
 def make_profile() -> AccessProfile:
     a = TableAccess("a", 3000, 16, zipf_counts(3000, 1.2, 20_000), optimizer_bytes=4)
     b = TableAccess("b", 500, 8, zipf_counts(500, 1.0, 900), lookups=1000)

@@ -292,15 +292,14 @@ def test_no_device_is_planned_beyond_its_budget_or_memory(data: st.DataObject) -
         backing=backing,
     )  # fmt: skip
     try:
-        made, placement = plan(planner, model_of(rows, dims))
+        _, placement = plan(planner, model_of(rows, dims))
     except PlanError:
-        # Every row needs 13 bytes, hot or not, and each device its inputs and outputs: only then may there be none.
-        assert hbm * devices < sum(rows) * 13 + tables * devices * 32 * 130 * 8
+        # Every row needs 9 bytes, and each device its inputs and outputs: only then may there be none.
+        assert hbm * devices < sum(rows) * 9 + tables * devices * 32 * 130 * 8
         return
     for rank in range(devices):
         assert placement.placed_on(rank) <= min(budget, hbm)
         assert placement.hbm_bytes[rank] <= hbm
-    module = made.get_plan_for_module("bags")
     for i, n in enumerate(rows):
         shards = [s for s in placement.shards if s.table == f"bags.t{i}"]
         assert sum(s.rows * s.columns for s in shards) == n * dims[i]
@@ -310,12 +309,6 @@ def test_no_device_is_planned_beyond_its_budget_or_memory(data: st.DataObject) -
             assert hot.sum() == (shard.hot_lookups if not shard.whole else 0)
             if len(hot) and len(cold):
                 assert hot.min() >= cold.max()
-        parameter = module[f"t{i}"]
-        if parameter.compute_kernel == "fused_uvm_caching":
-            # FBGEMM rounds the slots down; the load factor must not ask for more than was booked.
-            for shard in shards:
-                slots = parameter.cache_params.load_factor * shard.rows
-                assert slots <= max(1, len(shard.hot_rows)) + 1e-3 * shard.rows + 1
 
 
 def test_the_plan_does_not_depend_on_the_order_of_tables() -> None:
@@ -356,23 +349,23 @@ def test_a_profile_of_another_model_is_refused() -> None:
 
 
 def test_too_little_hbm_is_explained() -> None:
-    # 100,000 rows need 4 + 4 + 5 bytes of HBM each, hot or not, on a device with 1 MB.
-    planner = planner_of(profile_of([np.ones(100_000)], [64]), topology_of(1, hbm=1_000_000), batch_size=BATCH)
+    # 200,000 rows need 4 + 5 bytes of HBM each where nothing is hot, on a device with 1 MB.
+    planner = planner_of(profile_of([np.ones(200_000)], [64]), topology_of(1, hbm=1_000_000), batch_size=BATCH)
     with pytest.raises(PlanError) as caught:
-        planner.plan(model_of([100_000], [64]), SHARDERS)
-    needed = 100_000 * 13 + BATCH * (8 + 256)
+        planner.plan(model_of([200_000], [64]), SHARDERS)
+    needed = 200_000 * 9 + BATCH * (8 + 256)
     message = str(caught.value)
     assert "1 tables do not fit 1 cuda device(s)" in message
     assert f"at least {needed / 2**20:.3g} MiB are needed" in message
     assert f"{(needed - 1_000_000) / 2**10:.3g} KiB too little" in message
-    assert "2 such devices instead of 1" in message
+    assert "3 such devices instead of 1" in message
     assert planner.placement is None
 
 
 def test_what_the_message_says_would_fit_does_fit() -> None:
-    model, profile = model_of([100_000], [64]), profile_of([np.ones(100_000)], [64])
-    planner_of(profile, topology_of(2, hbm=1_000_000), batch_size=BATCH).plan(model, SHARDERS)
-    planner_of(profile, topology_of(1, hbm=100_000 * 13 + BATCH * 264), batch_size=BATCH).plan(model, SHARDERS)
+    model, profile = model_of([200_000], [64]), profile_of([np.ones(200_000)], [64])
+    planner_of(profile, topology_of(3, hbm=1_000_000), batch_size=BATCH).plan(model, SHARDERS)
+    planner_of(profile, topology_of(1, hbm=200_000 * 9 + BATCH * 264), batch_size=BATCH).plan(model, SHARDERS)
 
 
 def test_too_little_host_memory_is_explained() -> None:

@@ -10,9 +10,12 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     ComputeDevice,
     SplitTableBatchedEmbeddingBagsCodegen,
 )
-from torchrec import optim
+from torchrec import EmbeddingBagConfig, optim
+from torchrec.distributed.types import CacheAlgorithm, CacheParams
+from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
+from torchrec.types import DataType
 
-from torchrec_slipstream.tbe.memory import OPTIMIZERS, optimizer_of, optimizer_state, row_bytes
+from torchrec_slipstream.tbe.memory import OPTIMIZERS, Cache, cache_of, optimizer_of, optimizer_state, row_bytes
 
 ROWS, DIM = 50, 24
 
@@ -47,22 +50,41 @@ def test_nothing_of_a_row_is_lost_between_hbm_and_host(name: str, backing: str) 
 
 def test_an_lfu_cache_counts_every_row() -> None:
     state = optimizer_state("rowwise_adagrad")
-    lru, lfu = row_bytes(DIM, 4, state, "caching"), row_bytes(DIM, 4, state, "caching", lfu=True)
+    lru, lfu = row_bytes(DIM, 4, state, "caching"), row_bytes(DIM, 4, state, "caching", Cache(lfu=True))
     assert (lfu.fixed - lru.fixed, lru.hot - lfu.hot) == (8, 8)
 
 
+def test_a_cache_is_what_the_table_or_else_its_sharder_asks_for() -> None:
+    state = optimizer_state("adam")
+    plain = row_bytes(DIM, 4, state, "caching")
+    assert cache_of(CacheParams(), {}) == Cache()
+    sharder = {"cache_algorithm": CacheAlgorithm.LFU, "cache_precision": SparseType.FP16, "prefetch_pipeline": True}
+    asked = cache_of(CacheParams(), sharder)
+    assert asked == Cache(element_size=2, lfu=True, prefetch=True)
+    assert row_bytes(DIM, 4, state, "caching", asked).hot == plain.hot - 2 * DIM - 8 + 4
+    own = CacheParams(algorithm=CacheAlgorithm.LRU, precision=DataType.FP32, prefetch_pipeline=False)
+    assert cache_of(own, sharder) == Cache(element_size=4)
+
+
 def test_the_optimizer_is_found_where_torchrec_looks() -> None:
-    weights = torch.nn.Parameter(torch.empty(2, DIM))
-    assert optimizer_of(weights, None).name == "exact_sgd"
-    assert optimizer_of(weights, {"optimizer": EmbOptimType.ADAM}).row_bytes(DIM) == 8 * DIM
+    weights, module = torch.nn.Parameter(torch.empty(2, DIM)), torch.nn.Module()
+    assert optimizer_of(module, weights, {}).name == "exact_sgd"
+    assert optimizer_of(module, weights, {"optimizer": EmbOptimType.ADAM}).row_bytes(DIM) == 8 * DIM
+    fused = FusedEmbeddingBagCollection(
+        tables=[EmbeddingBagConfig(name="t", num_embeddings=2, embedding_dim=DIM, feature_names=["f"])],
+        optimizer_type=torch.optim.Adagrad,
+        optimizer_kwargs={"lr": 0.1},
+        device=torch.device("meta"),
+    )
+    assert optimizer_of(fused, weights, {}).row_bytes(DIM) == 4 * DIM
     weights._optimizer_classes = [optim.RowWiseAdagrad]  # type: ignore[attr-defined]
-    assert optimizer_of(weights, {"optimizer": EmbOptimType.ADAM}).row_bytes(DIM) == 4
+    assert optimizer_of(module, weights, {"optimizer": EmbOptimType.ADAM}).row_bytes(DIM) == 4
 
     class Unknown(torch.optim.SGD):
         pass
 
     weights._optimizer_classes = [Unknown]  # type: ignore[attr-defined]
-    assert optimizer_of(weights, None).row_bytes(DIM) == 8 * DIM, "one that we do not know is taken for the largest"
+    assert optimizer_of(module, weights, {}).row_bytes(DIM) == 8 * DIM, "the largest, where we do not know it"
 
 
 def test_an_unknown_name_is_refused() -> None:

@@ -6,6 +6,7 @@ A table of 10^7 rows has a few thousand different counts, so what works on the h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -50,12 +51,12 @@ class CountHistogram:
             values, rows = np.concatenate([high[::-1], values]), np.concatenate([high_rows[::-1], rows])
         return cls(values.astype(np.int64), rows.astype(np.int64))
 
-    @property
+    @cached_property
     def total_rows(self) -> int:
         """Rows of the table, or of the part of it that was counted."""
         return int(self.rows.sum())
 
-    @property
+    @cached_property
     def lookups(self) -> int:
         """Look-ups of all rows."""
         return int(self.counts @ self.rows)

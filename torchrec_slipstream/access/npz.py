@@ -1,7 +1,8 @@
 """Access profiles as files (see ``torchrec_slipstream/archive.py``).
 
 Arrays, for the i-th table: ``counts_i``, ``ids_i`` where it is sparse, and ``recurrence_i`` (int64 ``[4, k]``) where
-two windows were measured. By number, so that a table may be called anything.
+two windows were measured; how many and how long they were is in the header. By number, so that a table may be called
+anything.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ FORMAT = FileFormat(
     error=ProfileError,
 )
 _FIELDS = ("name", "rows", "embedding_dim", "lookups", "element_size", "optimizer_bytes")
+_WINDOWS = ("pairs", "earlier_samples", "later_samples")
 
 
 def save(profile: AccessProfile, path: str | Path, *, compressed: bool = True) -> None:
@@ -42,7 +44,8 @@ def save(profile: AccessProfile, path: str | Path, *, compressed: bool = True) -
             arrays[f"recurrence_{i}"] = np.stack([known.classes, known.rows, known.earlier, known.later])
         entry = {field: getattr(table, field) for field in _FIELDS}
         entry |= {"counted": table.counted_lookups, "sparse": table.ids is not None}
-        tables.append(entry | {"pairs": known.pairs if known is not None else 0})
+        windows = {field: getattr(known, field) for field in _WINDOWS} if known is not None else None
+        tables.append(entry | {"recurrence": windows})
     header = {"samples": profile.samples, "sampled_every": profile.sampled_every, "tables": tables}
     FORMAT.write(path, header, arrays, compressed=compressed)
 
@@ -65,9 +68,8 @@ def _table(i: int, entry: dict[str, Any], get: GetArray) -> TableAccess:
             raise ProfileError(f"table {entry['name']!r}: {error}") from error.__cause__
 
     recurrence = None
-    if entry["pairs"]:
-        tallies = array("recurrence")
-        recurrence = Recurrence(tallies[0], tallies[1], tallies[2], tallies[3], entry["pairs"])
+    if (windows := entry["recurrence"]) is not None:
+        recurrence = Recurrence(*array("recurrence"), **{field: windows[field] for field in _WINDOWS})
     table = TableAccess(
         counts=array("counts"),
         ids=array("ids") if entry["sparse"] else None,

@@ -30,6 +30,10 @@ class AccessProfile:
     From a run that is being trained (``Slipstream.access_profile()``), or offline: :meth:`measure` from batches,
     :meth:`from_parquet` from a file. Never changes: merging and decaying give a new one.
 
+    Where only every k-th batch was counted (``sampled_every``), a row that was looked up in the others alone has a
+    count of 0, and its look-ups are taken for those of rows that were seen. So forecasts of distinct rows and of misses
+    (:meth:`expected_distinct`, :meth:`statistics`) are low; count every batch where those matter.
+
     Args:
         tables: the tables' counts, names unique.
         samples: samples (rows of batches, over all ranks) that the counts stand for.
@@ -188,11 +192,17 @@ class AccessProfile:
         The planner then takes a row for what rows looked up as often had in the window after, not for what it had
         itself: ``monday.followed_by(tuesday)``. :meth:`measure` and :meth:`from_parquet` do so with their two halves.
 
+        The windows may be of different length (look-ups of the later are taken per sample), though one of few samples
+        teaches little. What either had learnt before gives way to what they say of each other: the profile of
+        ``a.followed_by(b).followed_by(c)`` knows what ``a`` and ``b`` together said of ``c``. To learn from several
+        pairs, merge pairs of about equal length: ``a.followed_by(b).merge(c.followed_by(d))``. Nothing is learnt where
+        a window has no samples.
+
         Raises:
             ProfileError: as :meth:`merge`.
         """
         merged = self.merge(later)
-        tables = [table.followed_by(later[name]) for name, table in self._tables.items()]
+        tables = [table.followed_by(later[name], (self.samples, later.samples)) for name, table in self._tables.items()]
         return AccessProfile(tables, merged.samples, merged.sampled_every)
 
     def decayed(self, factor: float) -> AccessProfile:

@@ -37,7 +37,9 @@ class Recurrence:
         rows: int64 ``[k]``, how many rows each class has; all positive.
         earlier: int64 ``[k]``, their look-ups in the earlier window.
         later: int64 ``[k]``, and in the later one.
-        pairs: how many pairs of windows are added up in this.
+        pairs: how many pairs of windows are added up in this; best of about equal lengths, as rows go by counts.
+        earlier_samples: how long the earlier windows were together, in samples or any unit that all share.
+        later_samples: and the later ones. Nothing was learnt where either is 0.
     """
 
     classes: Ints
@@ -45,10 +47,20 @@ class Recurrence:
     earlier: Ints
     later: Ints
     pairs: int = 1
+    earlier_samples: int = 1
+    later_samples: int = 1
 
     @classmethod
-    def of(cls, earlier: npt.NDArray[np.integer], later: npt.NDArray[np.integer], others: int = 0) -> Recurrence:
+    def of(
+        cls,
+        earlier: npt.NDArray[np.integer],
+        later: npt.NDArray[np.integer],
+        others: int = 0,
+        samples: tuple[int, int] = (1, 1),
+    ) -> Recurrence:
         """From the access counts of the same rows, ``[n]`` each, and ``others`` more rows that neither window touched.
+
+        ``samples``: how long the earlier and the later window were.
 
         Raises:
             ProfileError: the windows have different numbers of rows.
@@ -68,7 +80,7 @@ class Recurrence:
             np.add.at(before, place, counts)
             np.add.at(after, place, following)
         classes = np.flatnonzero(rows)
-        return cls(classes, rows[classes], before[classes], after[classes])
+        return cls(classes, rows[classes], before[classes], after[classes], 1, int(samples[0]), int(samples[1]))
 
     def merged(self, other: Recurrence) -> Recurrence:
         """The experience of both."""
@@ -79,38 +91,49 @@ class Recurrence:
             rows[places] += one.rows
             earlier[places] += one.earlier
             later[places] += one.later
-        return Recurrence(classes, rows, earlier, later, self.pairs + other.pairs)
+        return Recurrence(
+            classes,
+            rows,
+            earlier,
+            later,
+            self.pairs + other.pairs,
+            self.earlier_samples + other.earlier_samples,
+            self.later_samples + other.later_samples,
+        )
 
     def values(self, histogram: CountHistogram, lookups: int) -> Floats:
-        """The look-ups that a row of each class of the histogram can expect in a window to come.
+        """The look-ups that a row of each class of the histogram can expect in as much traffic to come as was counted.
 
-        A row with C of all ``lookups`` had a window's share of C in each. Averages are made to rise with the count by
-        pooling neighbours that do not; between them they are linear, beyond them proportional.
+        So they compare with plain counts, and a row that goes on as before is worth its count. Of a row with C of all
+        ``lookups``, an earlier window's share of C is taken for its count there; what such rows had in the later window
+        is taken per sample. Averages are made to rise with the count by pooling neighbours that do not; between them
+        they are linear, beyond them proportional. Where nothing was learnt, rows are worth their counts.
 
         Args:
             histogram: access counts of the table or a part of it, over any number of windows.
             lookups: of the whole table, in what the histogram counts.
 
         Returns:
-            float64 ``[m]``, never rising with the histogram's classes.
+            float64 ``[m]``, never rising with the histogram's classes, in the unit of ``lookups``.
         """
-        if not len(self.classes) or not len(histogram.counts) or not lookups:
+        seen = int(self.earlier.sum()) + int(self.later.sum())
+        if not seen or not lookups or min(self.earlier_samples, self.later_samples) < 1:
             return histogram.counts.astype(np.float64)
-        mean, worth = self.earlier / self.rows, _rising(self.later / self.rows, self.rows)
-        a_window = (int(self.earlier.sum()) + int(self.later.sum())) / (2 * self.pairs)
+        mean = self.earlier / self.rows
+        worth = _rising(self.later / self.rows, self.rows) * (self.earlier_samples / self.later_samples)
+        # Look-ups of an earlier window, on average; by length, as traffic may have come or gone between the two.
+        a_window = seen * (self.earlier_samples / (self.earlier_samples + self.later_samples)) / self.pairs
         counts = histogram.counts * (a_window / lookups)
         values = np.interp(counts, mean, worth)
         beyond = counts > mean[-1]
         values[beyond] = worth[-1] * counts[beyond] / max(float(mean[-1]), 0.5)
-        return np.minimum.accumulate(values)
+        return np.minimum.accumulate(values) * (lookups / a_window)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Recurrence):
             return NotImplemented
-        names = ("classes", "rows", "earlier", "later")
-        return self.pairs == other.pairs and all(
-            np.array_equal(getattr(self, name), getattr(other, name)) for name in names
-        )
+        names = ("classes", "rows", "earlier", "later", "pairs", "earlier_samples", "later_samples")
+        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in names)
 
 
 def _rising(means: Floats, weights: Ints) -> Floats:

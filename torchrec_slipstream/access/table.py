@@ -226,23 +226,33 @@ class TableAccess:
             recurrence=_both(self.recurrence, other.recurrence),
         )
 
-    def followed_by(self, later: TableAccess) -> TableAccess:
-        """The counts of both, and what this window said of the later one.
+    def followed_by(self, later: TableAccess, samples: tuple[int, int] = (1, 1)) -> TableAccess:
+        """The counts of both, and what this window said of the later one; see :meth:`AccessProfile.followed_by`.
+
+        Args:
+            later: the window after this one.
+            samples: how long this window and the later one are; default: equally long. Nothing is learnt from windows
+                of no samples.
 
         Raises:
             ProfileError: as :meth:`merged`.
         """
         together = self.merged(later)
+        if min(samples) < 1:
+            return together
         if self.ids is None and later.ids is None:
-            learnt = Recurrence.of(self.counts, later.counts)
+            learnt = Recurrence.of(self.counts, later.counts, samples=samples)
         else:
             listed, _ = together.looked_up()
-            learnt = Recurrence.of(self._counts_at(listed), later._counts_at(listed), self.rows - len(listed))
-        return replace(together, recurrence=_both(together.recurrence, learnt))
+            others = self.rows - len(listed)
+            learnt = Recurrence.of(self._counts_at(listed), later._counts_at(listed), others, samples)
+        # In place of what either had learnt within itself: of shorter windows, where a count is another rate.
+        return replace(together, recurrence=learnt)
 
     def worth(self, histogram: CountHistogram) -> npt.NDArray[np.float64] | None:
-        """What a row of each class of the histogram (of this table, or a part of it) can expect, float64 ``[m]``, never
-        rising; None where only one window was measured, and its counts are all that is known."""
+        """What a row of each class of the histogram (of this table, or a part of it) can expect in as much traffic as
+        was counted, float64 ``[m]``, never rising; None where only one window was measured, and its counts are all that
+        is known."""
         return None if self.recurrence is None else self.recurrence.values(histogram, self.lookups)
 
     def decayed(self, factor: float) -> TableAccess:

@@ -91,12 +91,12 @@ class Booking:
             return known.placed + known.fixed + session, host, known.misses
         filling = self.fillings.get(option.fqn)
         if filling is None:  # before rows are chosen: nothing is hot
-            return rows * a_row.fixed + session, rows * a_row.host, 0.0
+            return rows * a_row.cold + session, rows * a_row.host, 0.0
         if filling.whole:
             return int(rows * a_row.whole * self.placed_weight) + session, 0, 0.0
         part = rows / table.rows
         placed = int(filling.share.hot_rows * part * a_row.hot * self.placed_weight)
-        return placed + rows * a_row.fixed + session, rows * a_row.host, filling.misses * part
+        return placed + int(filling.fixed * part) + session, rows * a_row.host, filling.misses * part
 
 
 class RowStorageEstimator(ShardEstimator):

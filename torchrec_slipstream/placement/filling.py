@@ -51,7 +51,8 @@ class Filling:
         whole: the whole shard is in HBM.
         share: its hot rows; all of them where it is whole.
         misses: distinct cold rows that a global batch is expected to look up.
-        placed: hbm bytes of its rows, hot or whole; ``fixed``: of what FBGEMM and the overlay keep for every row.
+        placed: HBM bytes of its rows, hot or whole.
+        fixed: HBM bytes of what FBGEMM and the overlay keep for every row of it.
     """
 
     whole: bool
@@ -62,30 +63,59 @@ class Filling:
 
 
 def fill(demands: Sequence[ShardDemand], budget: int, memory: int) -> dict[str, Filling] | None:
-    """Give HBM to rows by access count a byte (see ``allocate``).
+    """Give HBM to rows by what they are worth a byte (see ``allocate``).
 
-    A shard whose rows are all hot is taken whole, which saves its fixed bytes, and the room goes to the others.
+    A shard whose rows are all hot is taken whole, which saves its fixed bytes, and the room goes to the others. Where
+    the memory does not even hold the fixed bytes, the shards with the fewest look-ups for theirs get no hot rows.
 
     Args:
         budget: bytes for hot rows and whole shards.
-        memory: bytes for these and the fixed bytes of the shards that are not whole.
+        memory: bytes for these and for what every row of the shards that are not whole takes.
 
     Returns:
         A filling for each demand by key; None if what has to be in HBM exceeds the budget or the memory.
     """
+    if all(one.may_be_whole for one in demands) and sum(_whole(one) for one in demands) <= min(budget, memory):
+        return {one.key: _filling(one, None, whole=True) for one in demands}
     whole = {one.key for one in demands if one.table.must_be_whole}
+    cold = {one.key for one in demands if not one.table.holds_hot_rows}
     while True:
-        spent = sum(one.rows * one.bytes.whole for one in demands if one.key in whole)
-        fixed = sum(one.rows * one.bytes.fixed for one in demands if one.key not in whole)
-        room = min(budget - spent, memory - spent - fixed)
-        if room < 0:
+        spent = sum(_whole(one) for one in demands if one.key in whole)
+        fixed = sum(
+            one.rows * (one.bytes.cold if one.key in cold else one.bytes.fixed)
+            for one in demands
+            if one.key not in whole
+        )
+        if spent > budget:
             return None
-        wanting = [one for one in demands if one.key not in whole and one.table.holds_hot_rows]
+        if spent + fixed > memory:
+            saving = [one for one in demands if one.key not in whole | cold and one.bytes.fixed > one.bytes.cold]
+            if not saving:
+                return None
+            cold |= _coldest(saving, spent + fixed - memory)
+            continue
+        room = min(budget - spent, memory - spent - fixed)
+        wanting = [one for one in demands if one.key not in whole | cold]
         shares = allocate([one.demand for one in wanting], room)
         promoted = _promoted(wanting, shares, room - sum(share.hot_bytes for share in shares.values()))
         if not promoted:
             return {one.key: _filling(one, shares.get(one.key), one.key in whole) for one in demands}
         whole |= promoted
+
+
+def _whole(one: ShardDemand) -> int:
+    return one.rows * one.bytes.whole
+
+
+def _coldest(saving: Sequence[ShardDemand], needed: int) -> set[str]:
+    """Of the shards, those with the fewest look-ups for their fixed bytes, until so many bytes are saved."""
+    chosen: set[str] = set()
+    for one in sorted(saving, key=lambda one: (one.histogram.lookups / max(1, one.rows), one.key)):
+        if needed <= 0:
+            break
+        chosen.add(one.key)
+        needed -= one.rows * (one.bytes.fixed - one.bytes.cold)
+    return chosen
 
 
 def _promoted(wanting: Sequence[ShardDemand], shares: Mapping[str, TableShare], left: int) -> set[str]:
@@ -95,20 +125,22 @@ def _promoted(wanting: Sequence[ShardDemand], shares: Mapping[str, TableShare], 
     cache leaves their state (Adam's) in host memory.
     """
     may = [one for one in wanting if one.may_be_whole and one.rows]
-    more = {one.key: one.rows * one.bytes.whole - shares[one.key].hot_bytes for one in may}
+    more = {one.key: _whole(one) - shares[one.key].hot_bytes for one in may}
     promoted = {key for key, extra in more.items() if extra <= 0}
-    affordable = [one for one in may if more[one.key] <= left]
-    if promoted or not affordable:
+    if promoted:
         return promoted
-    return {max(affordable, key=lambda one: _worth(one, more)).key}
-
-
-def _worth(one: ShardDemand, more: Mapping[str, int]) -> tuple[float, str]:
-    return one.histogram.lookups / more[one.key], one.key
+    for one in sorted(may, key=lambda one: (-one.histogram.lookups / more[one.key], one.key)):
+        if more[one.key] <= left:
+            promoted.add(one.key)
+            left -= more[one.key]
+    return promoted
 
 
 def share_of_top(histogram: CountHistogram, rows: int, row_bytes: int) -> TableShare:
     """The share that has the ``rows`` most looked-up rows."""
+    if rows == histogram.total_rows and rows:
+        last, ties = int(histogram.counts[-1]), int(histogram.rows[-1])
+        return TableShare(last, ties, rows, rows * row_bytes, histogram.lookups)
     key = "top"
     return allocate([TableDemand(key, histogram, row_bytes)], rows * row_bytes)[key]
 
@@ -120,11 +152,13 @@ def filling_of(demand: ShardDemand, rows: int) -> Filling:
 
 def _filling(demand: ShardDemand, share: TableShare | None, whole: bool) -> Filling:
     if whole:
-        placed = demand.rows * demand.bytes.whole
-        return Filling(True, share_of_top(demand.histogram, demand.rows, demand.bytes.whole), 0.0, placed, 0)
-    share = share or share_of_top(demand.histogram, 0, demand.bytes.hot)
+        return Filling(True, share_of_top(demand.histogram, demand.rows, demand.bytes.whole), 0.0, _whole(demand), 0)
+    if share is None:
+        counts = demand.histogram.counts
+        share = TableShare(int(counts[0]) if len(counts) else 0, 0, 0, 0, 0)
     histogram = demand.histogram
     cold = np.where(histogram.counts > share.least_count, 0, histogram.rows)
     cold[histogram.counts == share.least_count] -= share.ties
     misses = demand.table.misses(histogram, cold)
-    return Filling(False, share, misses, share.hot_rows * demand.bytes.hot, demand.rows * demand.bytes.fixed)
+    kept = demand.bytes.fixed if share.hot_rows else demand.bytes.cold
+    return Filling(False, share, misses, share.hot_rows * demand.bytes.hot, demand.rows * kept)

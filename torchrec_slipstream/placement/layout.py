@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 from torchrec.distributed.planner.types import Enumerator, ShardingOption, Topology
-from torchrec.distributed.types import CacheParams, ModuleSharder
+from torchrec.distributed.types import ModuleSharder
 
 from torchrec_slipstream.access import AccessProfile
 from torchrec_slipstream.budget import format_bytes
@@ -14,7 +15,15 @@ from torchrec_slipstream.errors import PlanError
 from torchrec_slipstream.placement.estimators import Booking
 from torchrec_slipstream.placement.filling import ShardDemand, fill
 from torchrec_slipstream.placement.proposer import one_kernel_each
-from torchrec_slipstream.placement.tables import CACHING, FUSED, PLACED_KERNELS, UVM, PlannedTable, plan_tables
+from torchrec_slipstream.placement.tables import (
+    CACHING,
+    FUSED,
+    PLACED_KERNELS,
+    UVM,
+    PlannedTable,
+    plan_tables,
+    set_pooling,
+)
 from torchrec_slipstream.tbe.memory import SESSION_BYTES
 
 
@@ -25,6 +34,7 @@ class Layout:
         capacity: the topology with the storage reservation taken off.
         budgets: bytes a device for hot rows and whole tables.
         booking: where the choice is kept, which the estimators read.
+        pooling_given: names of tables whose pooling factors the constraints give.
     """
 
     def __init__(
@@ -37,6 +47,7 @@ class Layout:
         *,
         backing: str,
         batch_size: int,
+        pooling_given: frozenset[str],
     ) -> None:
         self.profile = profile
         self.sharders = sharders
@@ -44,6 +55,7 @@ class Layout:
         self.budgets = list(budgets)
         self.booking = booking
         self.backing = backing
+        self.pooling_given = pooling_given
         self.global_batch = batch_size * capacity.world_size
         self.has_hbm = capacity.compute_device != "cpu"
         self.options: list[ShardingOption] = []
@@ -59,6 +71,8 @@ class Layout:
             option for option in search_space if option.fqn not in tables or self.booking.placed(option) is not None
         ]
         self.options = one_kernel_each(options, PLACED_KERNELS)
+        measured = [option for option in self.options if option.name not in self.pooling_given]
+        set_pooling(measured, tables, self.global_batch)
         enumerator.populate_estimates(self.options)
         return self.options
 
@@ -121,21 +135,21 @@ def _must_bytes(demands: Sequence[ShardDemand], budget: int) -> int:
 
 def set_kernel(option: ShardingOption, table: PlannedTable, whole: bool, hot_share: float) -> None:
     """Give the option the compute kernel and load factor that its rows ask for."""
-    asked = table.cache
     option.cache_params = None
     if whole:
         option.compute_kernel = FUSED
-    elif CACHING in table.kernels and ((table.backing == "caching" and hot_share > 0.0) or UVM not in table.kernels):
+    elif table.backing == "caching" and CACHING in table.kernels and (hot_share > 0.0 or UVM not in table.kernels):
         option.compute_kernel = CACHING
         # TorchRec wants it strictly between 0 and 1.
         least, most = 1.0 / max(2, table.rows), 1.0 - 1.0 / max(2, table.rows)
-        option.cache_params = CacheParams(
-            algorithm=asked.algorithm,
+        # HACK: TorchRec puts cached tables of all dims in one TBE, whose cache has slots as wide as the widest. Tables
+        # that differ in any cache parameter but the load factor get TBEs of their own, so a few bytes of memory that
+        # FBGEMM is asked to keep free, one for each column, keep slots as wide as their rows.
+        marker = float(max(shard.size[1] for shard in option.shards))
+        option.cache_params = replace(
+            table.asked,
             load_factor=min(max(hot_share, least), most),
-            reserved_memory=asked.reserved_memory,
-            precision=asked.precision,
-            prefetch_pipeline=asked.prefetch_pipeline,
-            stats=asked.stats,
+            reserved_memory=(table.asked.reserved_memory or 0.0) + marker,
         )
     else:
         option.compute_kernel = UVM

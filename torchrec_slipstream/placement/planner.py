@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from torchrec_slipstream.placement.settling import SettledPerfModel, settle
 from torchrec_slipstream.placement.shortage import explain_shortage
 from torchrec_slipstream.placement.stats import SlipstreamStats
 from torchrec_slipstream.placement.summary import placement_of
-from torchrec_slipstream.placement.tables import with_measured_pooling
+from torchrec_slipstream.placement.tables import gives_pooling, with_measured_pooling
 
 BACKINGS = ("caching", "uvm")
 Callback = Callable[[list[ShardingOption]], list[ShardingOption]]
@@ -62,11 +63,12 @@ class SlipstreamPlanner(EmbeddingShardingPlanner):
             bytes, a string such as ``"8GiB"``, or a share of the device's HBM (a float in ``[0, 1]``). Default: all
             that inputs, outputs, the dense part and the storage reservation leave.
         batch_size: samples a device and step; TorchRec's default (512) if not given.
-        constraints: TorchRec's, by table. Their compute kernels and sharding types are obeyed; pooling factors that
-            are not given are those measured.
-        backing: what is to hold cold rows, see above.
+        constraints: TorchRec's, by table. Their compute kernels, sharding types and cache parameters are obeyed, but
+            for the load factor, which is what is planned; pooling factors that are not given are those measured.
+        backing: what is to hold hot rows of tables in host memory, see above.
         session: whether the 5 bytes a row that an attached :class:`~torchrec_slipstream.Slipstream` keeps on the device
-            are counted.
+            are counted. Its pool of at most ``StalenessConfig.memory_bytes`` a rank, and the 4 bytes a row of a half
+            life, are left to the storage reservation.
         performance_model: rates proposals; default: by what they take when their rows are settled.
         storage_reservation, partitioner, stats, debug, callbacks, timeout_seconds: as ``EmbeddingShardingPlanner`` has
             them.
@@ -112,7 +114,9 @@ class SlipstreamPlanner(EmbeddingShardingPlanner):
         self.budgets = [budget_of(hbm_budget, device.storage.hbm) for device in self.topology.devices]
         self.placement: Placement | None = None
         self._slip_batch_size = batch_size if batch_size is not None else BATCH_SIZE
-        self._slip_constraints = with_measured_pooling(constraints, profile)
+        given = dict(constraints or {})
+        self._slip_pooling_given = frozenset(name for name, one in given.items() if gives_pooling(one))
+        self._slip_constraints = with_measured_pooling(given, profile)
         self._slip_reservation = storage_reservation or _default_reservation()
         self._slip_booking = Booking(
             bus=self.topology.hbm_to_ddr_mem_bw, tracked=session, on_cpu=self.topology.compute_device == "cpu"
@@ -167,6 +171,7 @@ class SlipstreamPlanner(EmbeddingShardingPlanner):
                 self._slip_booking,
                 backing=self.backing,
                 batch_size=self._slip_batch_size,
+                pooling_given=self._slip_pooling_given,
             )
             return super().plan(module, sharders)
         except PlannerError as error:
@@ -198,15 +203,19 @@ class SlipstreamPlanner(EmbeddingShardingPlanner):
             )
         sharders = sharders if sharders is not None else get_default_sharders()
         result: list[Any] = [None]
+        failure: Exception | None = None
         if group.rank() == 0:
             try:
                 result = [(self.plan(module, sharders), self.placement)]
             except Exception as error:
                 # The others wait for a plan: they must hear of it too.
+                failure = error
                 mine = isinstance(error, SlipstreamError)
                 result = [error if mine else PlanError(f"rank 0 could not plan: {type(error).__name__}: {error}")]
         if group.size() > 1:
             dist.broadcast_object_list(result, dist.get_global_rank(group, 0), group=group)
+        if failure is not None:
+            raise failure
         if isinstance(result[0], SlipstreamError):
             raise result[0]
         plan, self.placement = result[0]
@@ -255,11 +264,20 @@ def this_topology() -> Topology:
     """
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // here
+    host = _host_memory() // here
     if torch.cuda.is_available():
         hbm = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         return Topology(world_size=ranks, local_world_size=here, compute_device="cuda", hbm_cap=hbm, ddr_cap=host)
     return Topology(world_size=ranks, local_world_size=here, compute_device="cpu", ddr_cap=host)
+
+
+def _host_memory() -> int:
+    """Bytes that this machine has, or this container may use."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        memory = min(memory, int(text))
+    return memory
 
 
 def _default_reservation() -> StorageReservation:

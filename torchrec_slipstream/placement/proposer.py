@@ -14,7 +14,8 @@ from torchrec.distributed.types import ShardingType
 # it is known which device holds what.
 ATTEMPTS = ((1.0, True), (1.0, False), (0.75, False), (0.5, False), (0.25, False), (0.0, False))
 ALWAYS = 2
-# Proposals of an attempt: TorchRec's greedy search moves one table at a time and would go on for thousands.
+# Proposals of an attempt: TorchRec's greedy search moves one table at a time and would go on for thousands. The last
+# attempt may, as long as there is no plan.
 MAX_PROPOSALS = 32
 # It also ends after so many plans that are no better than the best.
 PATIENCE = 6
@@ -59,7 +60,8 @@ class HotRowProposer(Proposer):
     def propose(self) -> list[ShardingOption] | None:
         """The next proposal, or None at the end."""
         while True:
-            while self._inner and self._proposals < MAX_PROPOSALS:
+            last = self._attempt == len(ATTEMPTS) - 1 and not self._planned
+            while self._inner and (last or self._proposals < MAX_PROPOSALS):
                 proposal = self._inner[0].propose()
                 if proposal is not None:
                     self._proposals += 1
@@ -88,10 +90,37 @@ class HotRowProposer(Proposer):
         self._choose(self._options, share, keep_to_budgets)
         assert self._enumerator is not None
         self._enumerator.populate_estimates(self._options)
-        self._inner = [UniformProposer(), GreedyProposer(use_depth=True, threshold=PATIENCE)]
+        self._inner = [UniformProposer(), _LeanProposer(), GreedyProposer(use_depth=True, threshold=PATIENCE)]
         for proposer in self._inner:
             proposer.load(self._options, self._enumerator)
         self._proposals = 0
+
+
+class _LeanProposer(Proposer):
+    """Proposes once, for each table, the option whose largest shard takes the least memory."""
+
+    def __init__(self) -> None:
+        self._proposal: list[ShardingOption] | None = None
+
+    def load(self, search_space: list[ShardingOption], enumerator: Enumerator | None = None) -> None:
+        leanest: dict[str, tuple[tuple[int, int], ShardingOption]] = {}
+        for option in search_space:
+            largest = [(shard.storage.hbm, shard.storage.ddr) for shard in option.shards if shard.storage is not None]
+            if option.fqn not in leanest or max(largest) < leanest[option.fqn][0]:
+                leanest[option.fqn] = max(largest), option
+        self._proposal = [option for _, option in leanest.values()]
+
+    def propose(self) -> list[ShardingOption] | None:
+        return self._proposal
+
+    def feedback(
+        self,
+        partitionable: bool,
+        plan: list[ShardingOption] | None = None,
+        perf_rating: float | None = None,
+        storage_constraint: Topology | None = None,
+    ) -> None:
+        self._proposal = None
 
 
 def one_kernel_each(options: Sequence[ShardingOption], order: Sequence[str]) -> list[ShardingOption]:

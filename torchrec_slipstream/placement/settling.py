@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 from torchrec.distributed.planner.types import Enumerator, PerfModel, PlannerError, ShardingOption
@@ -17,7 +18,7 @@ from torchrec_slipstream.placement.estimators import (
 )
 from torchrec_slipstream.placement.filling import Filling, ShardDemand, fill, filling_of
 from torchrec_slipstream.placement.layout import Layout, set_kernel
-from torchrec_slipstream.tbe.memory import SESSION_BYTES
+from torchrec_slipstream.tbe.memory import CACHE_SET_SLOTS, SESSION_BYTES
 
 # A table's fqn, and the position of one of its shards.
 ShardKey: TypeAlias = tuple[str, int]
@@ -62,9 +63,9 @@ def settled(plan: Sequence[ShardingOption], layout: Layout) -> dict[ShardKey, Fi
     tables = layout.booking.tables
     ours = [option for option in plan if layout.booking.placed(option) is not None]
     whole = {option.fqn for option in ours if tables[option.fqn].may_be_whole}
-    rooms = _rooms(plan, layout)
+    rooms, rounding = _rooms(plan, layout), _rounding(plan, layout)
     while True:
-        fillings = _fill_devices(ours, layout, rooms, whole)
+        fillings = _fill_devices(ours, layout, rooms, rounding, whole)
         split = {
             option.fqn
             for option in ours
@@ -74,8 +75,9 @@ def settled(plan: Sequence[ShardingOption], layout: Layout) -> dict[ShardKey, Fi
         if not split:
             break
         whole -= split
-    if layout.backing == "caching":
-        _even_out(ours, layout, fillings)
+    _even_out(ours, layout, fillings)
+    for option in ours:
+        _keep_for_every_row(option, layout, fillings)
     return fillings
 
 
@@ -110,7 +112,7 @@ class SettledPerfModel(PerfModel):
 
 
 def _fill_devices(
-    ours: Sequence[ShardingOption], layout: Layout, rooms: Sequence[int], whole: set[str]
+    ours: Sequence[ShardingOption], layout: Layout, rooms: Sequence[int], rounding: Mapping[int, int], whole: set[str]
 ) -> dict[ShardKey, Filling]:
     demands: list[dict[ShardKey, ShardDemand]] = [{} for _ in rooms]
     for option in ours:
@@ -119,7 +121,11 @@ def _fill_devices(
             demands[shard.rank][option.fqn, i] = _demand(option, i, layout, option.fqn in whole)
     fillings: dict[ShardKey, Filling] = {}
     for rank, mine in enumerate(demands):
-        filled = fill(list(mine.values()), layout.budgets[rank], rooms[rank])
+        wanting, budget = list(mine.values()), layout.budgets[rank]
+        filled = fill(wanting, budget, rooms[rank] - rounding.get(rank, 0))
+        if filled is None:  # nothing hot, then, and no cache that would be rounded up
+            must = sum(one.rows * one.bytes.whole for one in wanting if one.table.must_be_whole)
+            filled = fill(wanting, must, rooms[rank]) if must <= budget else None
         if filled is None:
             has = min(layout.budgets[rank], rooms[rank])
             raise PlannerError(f"device {rank} has {format_bytes(has)} of HBM for its rows, which is too little")
@@ -139,6 +145,31 @@ def _rooms(plan: Sequence[ShardingOption], layout: Layout) -> list[int]:
     return rooms
 
 
+def _rounding(plan: Sequence[ShardingOption], layout: Layout) -> dict[int, int]:
+    """HBM by device that FBGEMM's caches may take beyond their slots: each TBE's is rounded up to whole sets."""
+    slots: dict[tuple[int, str, str, int], int] = {}
+    for option in plan:
+        table = layout.booking.placed(option)
+        if table is None or table.backing != "caching" or not table.holds_hot_rows:
+            continue
+        for shard in option.shards:
+            assert shard.rank is not None
+            slots[shard.rank, option.path, option.sharding_type, shard.size[1]] = table.bytes_of(shard.size[1]).hot
+    rounding: dict[int, int] = {}
+    for (rank, *_), hot in slots.items():
+        rounding[rank] = rounding.get(rank, 0) + (CACHE_SET_SLOTS - 1) * hot
+    return rounding
+
+
+def _keep_for_every_row(option: ShardingOption, layout: Layout, fillings: dict[ShardKey, Filling]) -> None:
+    """A table with hot rows on one device has a cache, or an overlay, on all of them."""
+    parts = [fillings[option.fqn, i] for i in range(option.num_shards)]
+    if any(part.share.hot_rows for part in parts) and not all(part.whole for part in parts):
+        for i, (shard, part) in enumerate(zip(option.shards, parts, strict=True)):
+            fixed = shard.size[0] * layout.booking.tables[option.fqn].bytes_of(shard.size[1]).fixed
+            fillings[option.fqn, i] = replace(part, fixed=fixed)
+
+
 def _demand(option: ShardingOption, position: int, layout: Layout, may_be_whole: bool) -> ShardDemand:
     shard, table = option.shards[position], layout.booking.tables[option.fqn]
     histogram = table.histogram(shard.offset[0], shard.size[0])
@@ -152,7 +183,8 @@ def _even_out(ours: Sequence[ShardingOption], layout: Layout, fillings: dict[Sha
     given: dict[int, float] = {}
     for option in ours:
         parts = [fillings[option.fqn, i] for i in range(option.num_shards)]
-        if option.num_shards == 1 or all(part.whole for part in parts):
+        cached = layout.booking.tables[option.fqn].backing == "caching"
+        if not cached or option.num_shards == 1 or all(part.whole for part in parts):
             continue
         rows = sum(shard.size[0] for shard in option.shards)
         mean[option.fqn] = sum(part.share.hot_rows for part in parts) / max(1, rows)

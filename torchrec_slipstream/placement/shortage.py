@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torchrec.distributed.planner.types import Enumerator, ShardingOption, Topology
 
 from torchrec_slipstream.budget import format_bytes
-from torchrec_slipstream.placement.estimators import storage_of
+from torchrec_slipstream.placement.estimators import key_of, storage_of
 from torchrec_slipstream.placement.layout import Layout
 
 
@@ -39,8 +39,9 @@ def explain_shortage(topology: Topology, layout: Layout, enumerator: Enumerator,
                 f"{what}: at least {format_bytes(needed)} are needed, {format_bytes(had)} are there{reserved}: "
                 f"{format_bytes(needed - had)} too little."
             )
-            if had > 0:
-                remedies.append(f"{math.ceil(needed / (had / devices))} such devices instead of {devices}")
+            more = _devices_needed(layout, least, memory, had // devices)
+            if more is not None:
+                remedies.append(f"{more} such devices instead of {devices}")
             remedies.append(
                 f"{format_bytes(math.ceil(needed / devices) + (total - had) // devices)} of {what} a device"
             )
@@ -51,12 +52,27 @@ def explain_shortage(topology: Topology, layout: Layout, enumerator: Enumerator,
     if not remedies:
         lines += _too_large_for_one(layout, least, remedies)
     if not remedies:
-        lines.append(
-            f"In total they would fit; the constraints leave no way to lay them out. TorchRec: {_last(upstream)}"
-        )
+        lines.append(f"In total they would fit, but no way was found to lay them out. TorchRec: {_last(upstream)}")
         remedies.append("fewer constraints on sharding types and compute kernels, or smaller batches")
     lines.append("What would fit: " + "; or ".join(remedies) + ".")
     return "\n  ".join(lines)
+
+
+def _devices_needed(
+    layout: Layout, least: dict[str, tuple[_Bytes, ShardingOption]], memory: str, each: int
+) -> int | None:
+    """How many devices of so many bytes would do; None where inputs and outputs, which grow with their number, are too
+    large a part to say."""
+    needed = sum(getattr(storage, memory) for storage, _ in least.values())
+    io = sum(
+        sum(layout.booking.io.get(key_of(option), [0]))
+        for _, option in least.values()
+        if (memory == "hbm") == layout.has_hbm
+    )
+    if each <= 0 or io > needed // 20:
+        return None
+    # Room for as much input and output on each new device as on those that there are.
+    return math.ceil(needed / max(1, each - 2 * io // layout.capacity.world_size))
 
 
 @dataclass(frozen=True)

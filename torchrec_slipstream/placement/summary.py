@@ -8,8 +8,10 @@ import numpy as np
 import numpy.typing as npt
 from torchrec.distributed.planner.types import ShardingOption
 
+from torchrec_slipstream.access import CountHistogram
 from torchrec_slipstream.placement.allocation import TableShare, hot_rows_of
 from torchrec_slipstream.placement.estimators import expected_milliseconds, storage_of
+from torchrec_slipstream.placement.filling import Filling
 from torchrec_slipstream.placement.layout import Layout
 from torchrec_slipstream.placement.placement import Placement, ShardPlacement, TablePlacement
 from torchrec_slipstream.placement.tables import PlannedTable
@@ -64,13 +66,22 @@ def _shard(option: ShardingOption, position: int, table: PlannedTable, layout: L
         hot_rows=_hot_rows(table, row_offset, rows, filling.share)
         if filling is not None and not filling.whole
         else np.zeros(0, dtype=np.int64),
-        lookups=histogram.lookups,
-        hot_lookups=filling.share.hot_lookups if filling is not None else 0,
+        lookups=round(table.lookups_of(histogram)),
+        hot_lookups=_hot_lookups(table, histogram, filling),
         hbm_bytes=hbm_bytes,
         host_bytes=host_bytes,
         placed_bytes=filling.placed if filling is not None else 0,
         misses=misses,
     )
+
+
+def _hot_lookups(table: PlannedTable, histogram: CountHistogram, filling: Filling | None) -> int:
+    """Of the shard's look-ups, those of its hot rows; all where it is whole."""
+    if filling is None:
+        return 0
+    if filling.whole or filling.share.hot_rows == histogram.total_rows:
+        return round(table.lookups_of(histogram))
+    return filling.share.hot_lookups
 
 
 def _hot_rows(table: PlannedTable, begin: int, rows: int, share: TableShare) -> npt.NDArray[np.int64]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.types import ParameterConstraints, ShardingOption
-from torchrec.distributed.types import CacheAlgorithm, CacheParams, ModuleSharder, ShardingType
+from torchrec.distributed.types import CacheParams, ModuleSharder, ShardingType
 
 from torchrec_slipstream.access import AccessProfile, CountHistogram, TableAccess
-from torchrec_slipstream.errors import ProfileError
-from torchrec_slipstream.tbe.memory import OptimizerState, RowBytes, optimizer_of, row_bytes
+from torchrec_slipstream.errors import PlanError, ProfileError
+from torchrec_slipstream.tbe.memory import Cache, OptimizerState, RowBytes, cache_of, optimizer_of, row_bytes
 
 FUSED = EmbeddingComputeKernel.FUSED.value
 UVM = EmbeddingComputeKernel.FUSED_UVM.value
@@ -31,8 +32,10 @@ class PlannedTable:
         fqn: path of its collection and its name, unique in the model.
         lookups_a_step: look-ups of it in one global batch.
         kernels: of ``PLACED_KERNELS``, those that the sharder and the constraints allow.
-        backing: what holds its rows in host memory, ``"uvm"`` or ``"caching"``.
-        cache: what the constraints ask of FBGEMM's cache.
+        backing: what holds its hot rows where it is in host memory, ``"uvm"`` or ``"caching"``.
+        features: how many features look rows up in it.
+        asked: cache parameters of the constraints.
+        cache: what its cache will be.
     """
 
     fqn: str
@@ -45,7 +48,9 @@ class PlannedTable:
     lookups_a_step: float
     kernels: frozenset[str]
     backing: str
-    cache: CacheParams
+    features: int
+    asked: CacheParams
+    cache: Cache
     _histograms: dict[tuple[int, int], CountHistogram] = field(default_factory=dict, repr=False)
 
     @property
@@ -59,13 +64,11 @@ class PlannedTable:
     @property
     def holds_hot_rows(self) -> bool:
         """Whether rows can be hot without the whole table being in HBM."""
-        return self.backing == "uvm" or CACHING in self.kernels
+        return CACHING in self.kernels if self.backing == "caching" else UVM in self.kernels
 
     def bytes_of(self, columns: int) -> RowBytes:
         """Of the part of a row that a shard of so many columns holds."""
-        return row_bytes(
-            columns, self.element_size, self.state, self.backing, lfu=self.cache.algorithm == CacheAlgorithm.LFU
-        )
+        return row_bytes(columns, self.element_size, self.state, self.backing, self.cache)
 
     def histogram(self, begin: int, rows: int) -> CountHistogram:
         """Of the rows ``[begin, begin + rows)``; made once."""
@@ -79,16 +82,30 @@ class PlannedTable:
     def misses(self, histogram: CountHistogram, cold_rows: np.ndarray[Any, Any]) -> float:
         """Distinct cold rows of one global batch, expected (SCARS): they cross the bus once each way.
 
+        Look-ups that a sketch could not attribute are spread evenly over the table's rows without a count.
+
         Args:
             histogram: of the rows in question.
             cold_rows: how many rows of each of its classes are cold, ``[m]``.
         """
         if self.access.lookups == 0:
             return 0.0
-        chance = np.minimum(histogram.counts / self.access.lookups, 1.0)
+        lookups = histogram.counts.astype(np.float64)
+        lookups[histogram.counts == 0] = self.unattributed_a_row
         with np.errstate(divide="ignore"):
-            absent = np.exp(self.lookups_a_step * np.log1p(-chance))
+            absent = np.exp(self.lookups_a_step * np.log1p(-np.minimum(lookups / self.access.lookups, 1.0)))
         return float(((1.0 - absent) * cold_rows).sum())
+
+    @cached_property
+    def unattributed_a_row(self) -> float:
+        """Look-ups of each row without a count, on average: those that the profile could not attribute."""
+        whole = self.access.histogram
+        uncounted = int(whole.rows[whole.counts == 0].sum())
+        return (self.access.lookups - whole.lookups) / uncounted if uncounted else 0.0
+
+    def lookups_of(self, histogram: CountHistogram) -> float:
+        """Look-ups of some rows, those that the profile could not attribute included."""
+        return histogram.lookups + float(histogram.rows[histogram.counts == 0].sum()) * self.unattributed_a_row
 
 
 def plan_tables(
@@ -105,8 +122,11 @@ def plan_tables(
 
     Raises:
         ProfileError: a table is not in the profile, or has another number of rows there.
+        PlanError: a table's constraints ask for what cannot be placed.
     """
-    fused_params: dict[type, Mapping[str, Any] | None] = {s.module_type: s.fused_params for s in sharders}
+    fused_params: dict[type, Mapping[str, Any]] = {
+        one.module_type: getattr(one, "fused_params", None) or {} for one in sharders
+    }
     kernels: dict[str, set[str]] = {}
     first: dict[str, ShardingOption] = {}
     for option in options:
@@ -123,18 +143,28 @@ def plan_tables(
         elif access.rows != rows:
             problems.append(f"table {fqn} has {rows} rows, but {access.rows} in the access profile")
         else:
+            module, asked = option.module[1], option.cache_params or CacheParams()
+            params = fused_params.get(type(module), {})
+            if option.enforce_hbm or (option.enforce_hbm is None and params.get("enforce_hbm")):
+                raise PlanError(
+                    f"table {fqn}: enforce_hbm=True would put all its rows in HBM whatever the plan says; drop it, or "
+                    "constrain the table to the compute kernel 'fused'"
+                )
+            allowed = frozenset(kernels[fqn])
             tables[fqn] = PlannedTable(
                 fqn=fqn,
                 name=option.name,
                 rows=rows,
                 dim=dim,
                 element_size=option.tensor.element_size(),
-                state=optimizer_of(option.tensor, fused_params.get(type(option.module[1]))),
+                state=optimizer_of(module, option.tensor, params),
                 access=access,
                 lookups_a_step=lookups_a_sample(profile, access) * global_batch,
-                kernels=frozenset(kernels[fqn]),
-                backing=backing,
-                cache=option.cache_params or CacheParams(),
+                kernels=allowed,
+                backing="caching" if UVM not in allowed else backing,
+                features=_features(module, option.name),
+                asked=asked,
+                cache=cache_of(asked, params),
             )
     if problems:
         known = ", ".join(sorted(profile.tables)[:8])
@@ -166,18 +196,42 @@ def lookups_a_sample(profile: AccessProfile, access: TableAccess) -> float:
 
 
 def with_measured_pooling(
-    constraints: Mapping[str, ParameterConstraints] | None, profile: AccessProfile
+    constraints: Mapping[str, ParameterConstraints], profile: AccessProfile
 ) -> dict[str, ParameterConstraints]:
-    """The user's constraints, with measured pooling factors where he gave none.
+    """The user's constraints, with measured look-ups a sample where he gave no pooling factors.
 
-    TorchRec estimates inputs, outputs and times with one look-up a sample otherwise.
+    TorchRec's storage reservation counts inputs by them.
     """
-    merged = dict(constraints or {})
-    default = ParameterConstraints().pooling_factors
+    merged = dict(constraints)
     for name, access in profile.tables.items():
         known = merged.get(name, ParameterConstraints())
-        if known.pooling_factors == default and profile.samples:
+        if not gives_pooling(known):
             copied = ParameterConstraints(**vars(known))
-            copied.pooling_factors = [max(lookups_a_sample(profile, access), 1e-6)]
+            copied.pooling_factors = [max(lookups_a_sample(profile, access), 1.0)]
             merged[name] = copied
     return merged
+
+
+def gives_pooling(constraints: ParameterConstraints | None) -> bool:
+    """Whether pooling factors are given other than TorchRec's default, one look-up a sample."""
+    return constraints is not None and constraints.pooling_factors != ParameterConstraints().pooling_factors
+
+
+def set_pooling(options: Sequence[ShardingOption], tables: Mapping[str, PlannedTable], global_batch: int) -> None:
+    """Give the options measured look-ups a sample, by feature.
+
+    At least one: TorchRec scales a pooled output by it, but FBGEMM's has a row a sample, looked up or not.
+    """
+    for option in options:
+        table = tables.get(option.fqn)
+        if table is not None:
+            a_feature = table.lookups_a_step / max(1, global_batch * table.features)
+            option.input_lengths = [max(1.0, a_feature)] * table.features
+
+
+def _features(module: nn.Module, table: str) -> int:
+    """How many features look rows up in a table of an embedding collection."""
+    for name in ("embedding_bag_configs", "embedding_configs"):
+        if callable(configs := getattr(module, name, None)):
+            return max((len(config.feature_names) for config in configs() if config.name == table), default=1)
+    return 1

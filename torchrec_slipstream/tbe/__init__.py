@@ -12,7 +12,7 @@ bit as stock (but for a rounding in a mean-pooled bag that is live in part), sta
 untouched, and the backward's sort, gradient reads and row writes shrink with the look-ups.
 """
 
-from torchrec_slipstream.tbe.finding import FoundTbe, TableShard, find_tbes
+from torchrec_slipstream.tbe.finding import FoundTbe, TableShard, find_tbes, process_group_of
 from torchrec_slipstream.tbe.update_filter import Sampling, UpdateFilter
 
-__all__ = ["FoundTbe", "Sampling", "TableShard", "UpdateFilter", "find_tbes"]
+__all__ = ["FoundTbe", "Sampling", "TableShard", "UpdateFilter", "find_tbes", "process_group_of"]

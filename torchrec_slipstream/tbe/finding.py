@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     DenseTableBatchedEmbeddingBagsCodegen,
@@ -135,6 +136,15 @@ def find_tbes(
     if len({shard.key for one in found for shard in one.shards}) < sum(len(one.shards) for one in found):
         raise AttachError("two TBEs hold the same shard of one table; give the tables different names")
     return found
+
+
+def process_group_of(model: nn.Module) -> dist.ProcessGroup | None:
+    """The ranks that share a model: the group that a DistributedModelParallel was given, else the default group; None
+    where ``torch.distributed`` is not initialized, and this process is alone."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    environment: Any = getattr(model, "_env", None)
+    return environment.process_group if environment is not None else dist.group.WORLD
 
 
 def _walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
