@@ -14,7 +14,8 @@ from torchrec_slipstream.placement.stats import boxed
 def test_the_plan_is_logged_below_torchrecs(caplog: pytest.LogCaptureFixture) -> None:
     counts = [np.full(10, 100), np.repeat([50, 0], [20, 980])]
     planner = planner_of(profile_of(counts, [16, 64]), topology_of(1), hbm_budget=10 * 68 + 10 * 272, batch_size=64)
-    with caplog.at_level(logging.INFO):
+    # The examples, which other tests run, silence TorchRec's logger.
+    with caplog.at_level(logging.INFO), caplog.at_level(logging.INFO, logger="torchrec"):
         planner.plan(model_of([10, 1000], [16, 64]), SHARDERS)
     text = caplog.text
     assert text.index("Planner Statistics") < text.index("--- Row Placement ---")
