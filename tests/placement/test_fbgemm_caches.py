@@ -97,9 +97,11 @@ def test_caches_take_no_more_than_is_booked_for_them(data: st.DataObject) -> Non
     assert placement is not None
     for rank in range(devices):
         takes, caches = allocated(plan, placement, rank)
-        # Each cache is rounded up to whole sets of 32 slots, for which the planner keeps room.
-        rounding = caches * 31 * (128 * 4 + 16) + 8 * caches
-        assert booked(placement, rank) * 0.999 - rounding <= takes <= booked(placement, rank) + rounding
+        # What each cache is rounded up by is part of the device's bytes; so are inputs and outputs, and whole shards.
+        whole = sum(shard.hbm_bytes for shard in placement.on(rank) if shard.whole)
+        least = booked(placement, rank) * 0.999 - caches * 31 * (128 * 4 + 16)
+        assert least <= takes <= placement.hbm_bytes[rank] - whole + 8 * caches
+        assert takes <= booked(placement, rank) + caches * (31 * (128 * 4 + 16) + 8)
 
 
 def test_a_wide_table_does_not_widen_the_slots_of_narrow_ones() -> None:
@@ -150,6 +152,17 @@ def test_enforce_hbm_is_refused() -> None:
     planner = planner_of(profile_of([np.ones(100)], [64]), topology_of(1), constraints=constraints)
     with pytest.raises(PlanError, match=r"table bags.t0: enforce_hbm=True would put all its rows in HBM"):
         planner.plan(model_of([100], [64]), SHARDERS)
+    remedy = {"t0": ParameterConstraints(enforce_hbm=True, compute_kernels=["fused"])}
+    planner_of(planner.profile, topology_of(1), constraints=remedy).plan(model_of([100], [64]), SHARDERS)
+
+
+def test_memory_that_a_user_keeps_free_stays_free() -> None:
+    sharder = EmbeddingBagCollectionSharder(fused_params={"cache_reserved_memory": 2e9})
+    planner = planner_of(profile_of([skewed(5000, 20_000)], [64]), topology_of(1), hbm_budget="100KB")
+    plan = planner.plan(model_of([5000], [64]), [sharder])
+    parameter = plan.get_plan_for_module("bags")["t0"]
+    made = add_params_from_parameter_sharding({"cache_reserved_memory": 2e9}, parameter)
+    assert made["cache_reserved_memory"] == 2e9 + 64
 
 
 @pytest.mark.parametrize("backing", ["caching", "uvm"])

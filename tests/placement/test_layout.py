@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from torchrec.distributed.planner import Topology
+from torchrec.distributed.planner.types import CustomTopologyData
 
 from tests.placement.planning import SHARDERS, model_of, planner_of, profile_of, sharded_as, skewed, topology_of
+from torchrec_slipstream import PlanError
 
 HOT = 64 * 4 + 16  # a slot of FBGEMM's cache
 
@@ -72,6 +75,22 @@ def test_a_table_is_whole_on_all_devices_or_on_none() -> None:
     assert sorted(len(half.hot_rows) for half in halves) == [70, 100]
     assert plan.get_plan_for_module("bags")["t0"].compute_kernel == "fused_uvm"
     assert plan.get_plan_for_module("bags")["t1"].compute_kernel == "fused"
+
+
+def test_unequal_devices_are_filled_each_to_its_own() -> None:
+    def topology(*hbm: int) -> Topology:
+        data = CustomTopologyData({"hbm_cap": list(hbm)}, world_size=2)
+        return Topology(2, "cuda", ddr_cap=2**34, custom_topology_data=data)
+
+    profile, model = profile_of([np.full(2000, 5)], [64]), model_of([2000], [64])
+    planner = planner_of(profile, topology(150_000, 250_000), batch_size=16, constraints=sharded_as("row_wise"))
+    planner.plan(model, SHARDERS)
+    assert planner.placement is not None
+    small, large = planner.placement.hbm_bytes
+    assert 100_000 < small <= 150_000 < large <= 250_000
+    with pytest.raises(PlanError, match=r"with 0.977 KiB to 1.95 KiB of HBM") as caught:
+        planner_of(profile, topology(1000, 2000), batch_size=16).plan(model, SHARDERS)
+    assert "such devices" not in str(caught.value)
 
 
 def test_data_parallel_tables_are_left_to_torchrec() -> None:

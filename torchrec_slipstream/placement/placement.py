@@ -80,7 +80,8 @@ class Placement:
         tables: by fqn.
         shards: of all tables and devices.
         hbm_budget: bytes a device that rows were allowed.
-        hbm_bytes, host_bytes: planned, by device: rows, state, inputs and outputs.
+        hbm_bytes, host_bytes: planned, by device: rows, state, inputs and outputs, and what FBGEMM may take more by
+            rounding each cache up to sets of 32 rows.
         hbm_capacity, host_capacity: by device, after the storage reservation.
         expected_ms: of a step's embedding part on the slowest device.
     """

@@ -61,7 +61,8 @@ class SlipstreamPlanner(EmbeddingShardingPlanner):
         topology: the devices; default: of the process group and the memory that this machine has.
         hbm_budget: what hot rows and whole tables may take of every device's HBM, their optimizer state included:
             bytes, a string such as ``"8GiB"``, or a share of the device's HBM (a float in ``[0, 1]``). Default: all
-            that inputs, outputs, the dense part and the storage reservation leave.
+            that inputs, outputs, the dense part and the storage reservation leave. FBGEMM rounds a cache up to sets of
+            32 rows; room for that is kept beside the budget.
         batch_size: samples a device and step; TorchRec's default (512) if not given.
         constraints: TorchRec's, by table. Their compute kernels, sharding types and cache parameters are obeyed, but
             for the load factor, which is what is planned; pooling factors that are not given are those measured.
@@ -106,6 +107,8 @@ class SlipstreamPlanner(EmbeddingShardingPlanner):
     ) -> None:
         if not isinstance(profile, AccessProfile):
             raise ConfigError(f"profile must be an AccessProfile, not {type(profile).__name__}")
+        if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
+            raise ConfigError(f"batch_size={batch_size!r}; give at least one sample a device and step")
         if backing not in BACKINGS:
             raise ConfigError(f"backing={backing!r} must be one of {', '.join(map(repr, BACKINGS))}")
         self.profile = profile

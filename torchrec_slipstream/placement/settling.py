@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torchrec.distributed.planner.types import Enumerator, PerfModel, PlannerError, ShardingOption
 
@@ -18,6 +18,7 @@ from torchrec_slipstream.placement.estimators import (
 )
 from torchrec_slipstream.placement.filling import Filling, ShardDemand, fill, filling_of
 from torchrec_slipstream.placement.layout import Layout, set_kernel
+from torchrec_slipstream.placement.tables import CACHING
 from torchrec_slipstream.tbe.memory import CACHE_SET_SLOTS, SESSION_BYTES
 
 # A table's fqn, and the position of one of its shards.
@@ -39,9 +40,11 @@ def settle(plan: Sequence[ShardingOption], layout: Layout, enumerator: Enumerato
             hot = sum(part.share.hot_rows for part in parts) / max(1, sum(shard.size[0] for shard in option.shards))
             set_kernel(option, layout.booking.tables[option.fqn], all(part.whole for part in parts), hot)
         enumerator.populate_estimates(ours)
+    rounding = cache_rounding(plan, layout, frozenset({CACHING}))
     for device in layout.capacity.devices:
         for memory in ("hbm", "ddr"):
-            used = sum(
+            used = rounding.get(device.rank, 0) if memory == "hbm" else 0
+            used += sum(
                 getattr(storage_of(shard), memory)
                 for option in plan
                 for shard in option.shards
@@ -63,7 +66,7 @@ def settled(plan: Sequence[ShardingOption], layout: Layout) -> dict[ShardKey, Fi
     tables = layout.booking.tables
     ours = [option for option in plan if layout.booking.placed(option) is not None]
     whole = {option.fqn for option in ours if tables[option.fqn].may_be_whole}
-    rooms, rounding = _rooms(plan, layout), _rounding(plan, layout)
+    rooms, rounding = _rooms(plan, layout), cache_rounding(plan, layout)
     while True:
         fillings = _fill_devices(ours, layout, rooms, rounding, whole)
         split = {
@@ -145,16 +148,26 @@ def _rooms(plan: Sequence[ShardingOption], layout: Layout) -> list[int]:
     return rooms
 
 
-def _rounding(plan: Sequence[ShardingOption], layout: Layout) -> dict[int, int]:
-    """HBM by device that FBGEMM's caches may take beyond their slots: each TBE's is rounded up to whole sets."""
-    slots: dict[tuple[int, str, str, int], int] = {}
+def cache_rounding(
+    plan: Sequence[ShardingOption], layout: Layout, kernels: frozenset[str] | None = None
+) -> dict[int, int]:
+    """HBM by device that FBGEMM's caches may take beyond their slots: each TBE's is rounded up to whole sets.
+
+    Args:
+        kernels: count tables of these compute kernels only; default: all that may get a cache.
+    """
+    slots: dict[tuple[Any, ...], int] = {}
     for option in plan:
         table = layout.booking.placed(option)
         if table is None or table.backing != "caching" or not table.holds_hot_rows:
             continue
+        if kernels is not None and option.compute_kernel not in kernels:
+            continue
         for shard in option.shards:
             assert shard.rank is not None
-            slots[shard.rank, option.path, option.sharding_type, shard.size[1]] = table.bytes_of(shard.size[1]).hot
+            # TorchRec makes one TBE of what is alike in these.
+            alike = (option.path, option.sharding_type, option.tensor.dtype, table.pooling, shard.size[1])
+            slots[shard.rank, *alike] = table.bytes_of(shard.size[1]).hot
     rounding: dict[int, int] = {}
     for (rank, *_), hot in slots.items():
         rounding[rank] = rounding.get(rank, 0) + (CACHE_SET_SLOTS - 1) * hot

@@ -69,7 +69,8 @@ def _devices_needed(
         for _, option in least.values()
         if (memory == "hbm") == layout.has_hbm
     )
-    if each <= 0 or io > needed // 20:
+    alike = len({getattr(device.storage, memory) for device in layout.capacity.devices}) == 1
+    if each <= 0 or io > needed // 20 or not alike:
         return None
     # Room for as much input and output on each new device as on those that there are.
     return math.ceil(needed / max(1, each - 2 * io // layout.capacity.world_size))
@@ -114,11 +115,15 @@ def _too_large_for_one(
 
 
 def _head(topology: Topology, tables: int) -> str:
-    device = topology.devices[0].storage
-    hbm = f"{format_bytes(device.hbm)} of HBM and " if device.hbm else ""
+    def range_of(memory: str) -> str:
+        sizes = sorted(getattr(device.storage, memory) for device in topology.devices)
+        smallest, largest = format_bytes(sizes[0]), format_bytes(sizes[-1])
+        return smallest if smallest == largest else f"{smallest} to {largest}"
+
+    hbm = f"{range_of('hbm')} of HBM and " if any(device.storage.hbm for device in topology.devices) else ""
     return (
         f"there is no plan: {tables} tables do not fit {topology.world_size} {topology.compute_device} device(s) with "
-        f"{hbm}{format_bytes(device.ddr)} of host memory each, even with nothing hot."
+        f"{hbm}{range_of('ddr')} of host memory each, even with nothing hot."
     )
 
 

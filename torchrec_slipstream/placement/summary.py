@@ -14,7 +14,8 @@ from torchrec_slipstream.placement.estimators import expected_milliseconds, stor
 from torchrec_slipstream.placement.filling import Filling
 from torchrec_slipstream.placement.layout import Layout
 from torchrec_slipstream.placement.placement import Placement, ShardPlacement, TablePlacement
-from torchrec_slipstream.placement.tables import PlannedTable
+from torchrec_slipstream.placement.settling import cache_rounding
+from torchrec_slipstream.placement.tables import CACHING, PlannedTable
 
 
 def placement_of(plan: Sequence[ShardingOption], layout: Layout) -> Placement:
@@ -33,6 +34,8 @@ def placement_of(plan: Sequence[ShardingOption], layout: Layout) -> Placement:
             parts = [_shard(option, i, table, layout) for i in range(option.num_shards)]
             shards += parts
             tables[option.fqn] = _table(option, table, parts)
+    for rank, rounding in cache_rounding(plan, layout, frozenset({CACHING})).items():
+        hbm[rank] += rounding
     return Placement(
         tables=dict(sorted(tables.items())),
         shards=tuple(sorted(shards, key=lambda one: (one.rank, one.table, one.row_offset, one.col_offset))),

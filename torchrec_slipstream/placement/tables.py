@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -34,6 +34,7 @@ class PlannedTable:
         kernels: of ``PLACED_KERNELS``, those that the sharder and the constraints allow.
         backing: what holds its hot rows where it is in host memory, ``"uvm"`` or ``"caching"``.
         features: how many features look rows up in it.
+        pooling: how they are pooled; TorchRec makes TBEs of tables that are alike in it.
         asked: cache parameters of the constraints.
         cache: what its cache will be.
     """
@@ -49,6 +50,7 @@ class PlannedTable:
     kernels: frozenset[str]
     backing: str
     features: int
+    pooling: str
     asked: CacheParams
     cache: Cache
     _histograms: dict[tuple[int, int], CountHistogram] = field(default_factory=dict, repr=False)
@@ -145,12 +147,14 @@ def plan_tables(
         else:
             module, asked = option.module[1], option.cache_params or CacheParams()
             params = fused_params.get(type(module), {})
-            if option.enforce_hbm or (option.enforce_hbm is None and params.get("enforce_hbm")):
+            allowed = frozenset(kernels[fqn])
+            enforced = option.enforce_hbm if option.enforce_hbm is not None else params.get("enforce_hbm")
+            if enforced and allowed != {FUSED}:
                 raise PlanError(
                     f"table {fqn}: enforce_hbm=True would put all its rows in HBM whatever the plan says; drop it, or "
                     "constrain the table to the compute kernel 'fused'"
                 )
-            allowed = frozenset(kernels[fqn])
+            reserved = params.get("cache_reserved_memory")
             tables[fqn] = PlannedTable(
                 fqn=fqn,
                 name=option.name,
@@ -163,7 +167,8 @@ def plan_tables(
                 kernels=allowed,
                 backing="caching" if UVM not in allowed else backing,
                 features=_features(module, option.name),
-                asked=asked,
+                pooling=_pooling(module, option.name),
+                asked=replace(asked, reserved_memory=_first(asked.reserved_memory, reserved)),
                 cache=cache_of(asked, params),
             )
     if problems:
@@ -220,18 +225,33 @@ def gives_pooling(constraints: ParameterConstraints | None) -> bool:
 def set_pooling(options: Sequence[ShardingOption], tables: Mapping[str, PlannedTable], global_batch: int) -> None:
     """Give the options measured look-ups a sample, by feature.
 
-    At least one: TorchRec scales a pooled output by it, but FBGEMM's has a row a sample, looked up or not.
+    Where they are pooled at least one: TorchRec scales the output by it, but FBGEMM's has a row a sample, looked up or
+    not.
     """
     for option in options:
         table = tables.get(option.fqn)
         if table is not None:
             a_feature = table.lookups_a_step / max(1, global_batch * table.features)
-            option.input_lengths = [max(1.0, a_feature)] * table.features
+            option.input_lengths = [max(1.0 if option.is_pooled else 1e-6, a_feature)] * table.features
+
+
+def _config(module: nn.Module, table: str) -> Any:
+    """The configuration of a table of an embedding collection; None for a module of another kind."""
+    for name in ("embedding_bag_configs", "embedding_configs"):
+        if callable(configs := getattr(module, name, None)):
+            return next((config for config in configs() if config.name == table), None)
+    return None
 
 
 def _features(module: nn.Module, table: str) -> int:
-    """How many features look rows up in a table of an embedding collection."""
-    for name in ("embedding_bag_configs", "embedding_configs"):
-        if callable(configs := getattr(module, name, None)):
-            return max((len(config.feature_names) for config in configs() if config.name == table), default=1)
-    return 1
+    """How many features look rows up in it."""
+    config = _config(module, table)
+    return len(config.feature_names) if config is not None else 1
+
+
+def _pooling(module: nn.Module, table: str) -> str:
+    return str(getattr(_config(module, table), "pooling", "none"))
+
+
+def _first(one: float | None, other: float | None) -> float | None:
+    return one if one is not None else other
