@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from torchrec_slipstream.placement.calibration import processor
+
 ROOT = Path(__file__).resolve().parent.parent
 CSV = ROOT / "benchmarks" / "data" / "all_benchmark_data.csv"
 COLUMNS = (
@@ -245,11 +247,4 @@ def _commit() -> str:
 
 
 def _processor(device: str) -> str:
-    if device != "cpu":
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
+    return torch.cuda.get_device_name() if device != "cpu" else processor()

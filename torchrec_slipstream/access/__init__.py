@@ -6,7 +6,7 @@ from torchrec_slipstream.access.drift import Drift, TableDrift
 from torchrec_slipstream.access.histogram import CountHistogram
 from torchrec_slipstream.access.profile import AccessProfile
 from torchrec_slipstream.access.recurrence import Recurrence
-from torchrec_slipstream.access.statistics import AccessStatistics
+from torchrec_slipstream.access.statistics import AccessStatistics, expected_distinct
 from torchrec_slipstream.access.table import TableAccess
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "TableAccess",
     "TableDrift",
     "calibrate",
+    "expected_distinct",
 ]

@@ -162,7 +162,7 @@ def calibrate(
     if dist.is_available() and dist.is_initialized() and (size := dist.get_world_size()) > 1:
         on_one_host = int(os.environ.get("LOCAL_WORLD_SIZE", size)) == size
         found["intra_host_bw" if on_one_host else "inter_host_bw"] = _of_links(device)
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return Bandwidths(row_bytes=row_bytes, threads=torch.get_num_threads(), machine=machine, **found)
 
 
@@ -256,7 +256,8 @@ def _cache_bytes(device: torch.device) -> int:
         return level_2
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The model of this machine's processor, or what is known of it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

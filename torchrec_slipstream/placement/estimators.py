@@ -78,11 +78,15 @@ class Booking:
     def placed(self, option: ShardingOption) -> PlannedTable | None:
         return self.tables.get(option.fqn) if is_placed(option) else None
 
+    def session_bytes(self, rows: int) -> int:
+        """What an attached session keeps on the device for so many rows."""
+        return rows * SESSION_BYTES if self.tracked else 0
+
     def rows_bytes(self, option: ShardingOption, position: int) -> tuple[int, int, float]:
         """HBM bytes, host bytes and misses a step of one shard's rows."""
         table, (rows, columns) = self.tables[option.fqn], option.shards[position].size
         a_row = table.bytes_of(columns)
-        session = rows * SESSION_BYTES if self.tracked else 0
+        session = self.session_bytes(rows)
         if self.on_cpu:
             return session, rows * a_row.whole, 0.0
         known = self.of_shards.get((option.fqn, position))

@@ -38,6 +38,11 @@ class ShardDemand:
         return self.table.bytes_of(self.columns)
 
     @property
+    def whole_bytes(self) -> int:
+        """HBM of the shard in HBM whole."""
+        return self.rows * self.bytes.whole
+
+    @property
     def demand(self) -> TableDemand:
         """For hot rows: by what rows of equal counts had later where that is known, else by their counts."""
         return TableDemand(self.key, self.histogram, self.bytes.hot, self.table.access.worth(self.histogram))
@@ -75,12 +80,12 @@ def fill(demands: Sequence[ShardDemand], budget: int, memory: int) -> dict[str, 
     Returns:
         A filling for each demand by key; None if what has to be in HBM exceeds the budget or the memory.
     """
-    if all(one.may_be_whole for one in demands) and sum(_whole(one) for one in demands) <= min(budget, memory):
+    if all(one.may_be_whole for one in demands) and sum(one.whole_bytes for one in demands) <= min(budget, memory):
         return {one.key: _filling(one, None, whole=True) for one in demands}
     whole = {one.key for one in demands if one.table.must_be_whole}
     cold = {one.key for one in demands if not one.table.holds_hot_rows}
     while True:
-        spent = sum(_whole(one) for one in demands if one.key in whole)
+        spent = sum(one.whole_bytes for one in demands if one.key in whole)
         fixed = sum(
             one.rows * (one.bytes.cold if one.key in cold else one.bytes.fixed)
             for one in demands
@@ -103,8 +108,9 @@ def fill(demands: Sequence[ShardDemand], budget: int, memory: int) -> dict[str, 
         whole |= promoted
 
 
-def _whole(one: ShardDemand) -> int:
-    return one.rows * one.bytes.whole
+def must_bytes(demands: Sequence[ShardDemand]) -> int:
+    """HBM of the shards that their constraints want in HBM whole."""
+    return sum(one.whole_bytes for one in demands if one.table.must_be_whole)
 
 
 def _coldest(saving: Sequence[ShardDemand], needed: int) -> set[str]:
@@ -125,7 +131,7 @@ def _promoted(wanting: Sequence[ShardDemand], shares: Mapping[str, TableShare], 
     cache leaves their state (Adam's) in host memory.
     """
     may = [one for one in wanting if one.may_be_whole and one.rows]
-    more = {one.key: _whole(one) - shares[one.key].hot_bytes for one in may}
+    more = {one.key: one.whole_bytes - shares[one.key].hot_bytes for one in may}
     promoted = {key for key, extra in more.items() if extra <= 0}
     if promoted:
         return promoted
@@ -152,7 +158,9 @@ def filling_of(demand: ShardDemand, rows: int) -> Filling:
 
 def _filling(demand: ShardDemand, share: TableShare | None, whole: bool) -> Filling:
     if whole:
-        return Filling(True, share_of_top(demand.histogram, demand.rows, demand.bytes.whole), 0.0, _whole(demand), 0)
+        return Filling(
+            True, share_of_top(demand.histogram, demand.rows, demand.bytes.whole), 0.0, demand.whole_bytes, 0
+        )
     if share is None:
         counts = demand.histogram.counts
         share = TableShare(int(counts[0]) if len(counts) else 0, 0, 0, 0, 0)

@@ -13,7 +13,7 @@ from torchrec_slipstream.access import AccessProfile
 from torchrec_slipstream.budget import format_bytes
 from torchrec_slipstream.errors import PlanError
 from torchrec_slipstream.placement.estimators import Booking
-from torchrec_slipstream.placement.filling import ShardDemand, fill
+from torchrec_slipstream.placement.filling import ShardDemand, fill, must_bytes
 from torchrec_slipstream.placement.proposer import one_kernel_each
 from torchrec_slipstream.placement.tables import (
     CACHING,
@@ -24,7 +24,6 @@ from torchrec_slipstream.placement.tables import (
     plan_tables,
     set_pooling,
 )
-from torchrec_slipstream.tbe.memory import SESSION_BYTES
 
 
 class Layout:
@@ -93,8 +92,10 @@ class Layout:
             ShardDemand(fqn, table, table.access.histogram, table.dim, table.may_be_whole)
             for fqn, table in tables.items()
         ]
-        memory = sum(device.storage.hbm for device in self.capacity.devices) - self._least_io() - self._session_bytes()
-        must = _must_bytes(demands, sum(self.budgets))
+        memory = sum(device.storage.hbm for device in self.capacity.devices) - self._least_io()
+        memory -= self.booking.session_bytes(sum(table.rows for table in tables.values()))
+        must = must_bytes(demands)
+        _check_must(demands, must, sum(self.budgets))
         budget = must + int(share * max(0, min(sum(self.budgets), memory) - must))
         # Where even nothing hot does not fit, the partitioner finds out, and the planner says why.
         fillings = fill(demands, budget, max(memory, budget)) or fill(demands, must, 2**62)
@@ -114,23 +115,16 @@ class Layout:
             least[fqn] = min(sum(io), least.get(fqn, sum(io)))
         return sum(least.values())
 
-    def _session_bytes(self) -> int:
-        rows = sum(table.rows for table in self.booking.tables.values())
-        return rows * SESSION_BYTES if self.booking.tracked else 0
 
-
-def _must_bytes(demands: Sequence[ShardDemand], budget: int) -> int:
-    """Bytes of what the constraints want in HBM whole. Raises PlanError where all budgets together do not have them."""
-    must = [one for one in demands if one.table.must_be_whole]
-    needed = sum(one.rows * one.bytes.whole for one in must)
+def _check_must(demands: Sequence[ShardDemand], needed: int, budget: int) -> None:
+    """Raise PlanError where all budgets together do not have what the constraints want in HBM whole."""
     if needed > budget:
-        names = ", ".join(sorted({one.table.fqn for one in must})[:5])
+        names = ", ".join(sorted({one.table.fqn for one in demands if one.table.must_be_whole})[:5])
         raise PlanError(
             f"table(s) {names}: the constraints want them in HBM whole (compute kernel {FUSED!r} only), which takes "
             f"{format_bytes(needed)}; hbm_budget allows {format_bytes(budget)} on all devices together, "
             f"{format_bytes(needed - budget)} too little. Raise hbm_budget, or allow {CACHING!r} or {UVM!r} as well."
         )
-    return needed
 
 
 def set_kernel(option: ShardingOption, table: PlannedTable, whole: bool, hot_share: float) -> None:

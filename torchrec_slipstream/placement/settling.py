@@ -16,10 +16,10 @@ from torchrec_slipstream.placement.estimators import (
     perf_with_misses,
     storage_of,
 )
-from torchrec_slipstream.placement.filling import Filling, ShardDemand, fill, filling_of
+from torchrec_slipstream.placement.filling import Filling, ShardDemand, fill, filling_of, must_bytes
 from torchrec_slipstream.placement.layout import Layout, set_kernel
 from torchrec_slipstream.placement.tables import CACHING
-from torchrec_slipstream.tbe.memory import CACHE_SET_SLOTS, SESSION_BYTES
+from torchrec_slipstream.tbe.memory import CACHE_SET_SLOTS
 
 # A table's fqn, and the position of one of its shards.
 ShardKey: TypeAlias = tuple[str, int]
@@ -40,18 +40,23 @@ def settle(plan: Sequence[ShardingOption], layout: Layout, enumerator: Enumerato
             hot = sum(part.share.hot_rows for part in parts) / max(1, sum(shard.size[0] for shard in option.shards))
             set_kernel(option, layout.booking.tables[option.fqn], all(part.whole for part in parts), hot)
         enumerator.populate_estimates(ours)
-    rounding = cache_rounding(plan, layout, frozenset({CACHING}))
-    for device in layout.capacity.devices:
-        for memory in ("hbm", "ddr"):
-            used = rounding.get(device.rank, 0) if memory == "hbm" else 0
-            used += sum(
-                getattr(storage_of(shard), memory)
-                for option in plan
-                for shard in option.shards
-                if shard.rank == device.rank
-            )
-            if used > getattr(device.storage, memory):
+    for device, hbm, ddr in zip(layout.capacity.devices, *bytes_by_device(plan, layout), strict=True):
+        for memory, used, has in (("hbm", hbm, device.storage.hbm), ("ddr", ddr, device.storage.ddr)):
+            if used > has:
                 raise PlannerError(f"device {device.rank} would need {format_bytes(used)} of {memory}")
+
+
+def bytes_by_device(plan: Sequence[ShardingOption], layout: Layout) -> tuple[list[int], list[int]]:
+    """HBM and host memory of a settled plan on each device, with what FBGEMM may round its caches up by."""
+    devices = layout.capacity.world_size
+    rounding = cache_rounding(plan, layout, frozenset({CACHING}))
+    hbm, host = [rounding.get(rank, 0) for rank in range(devices)], [0] * devices
+    for option in plan:
+        for shard in option.shards:
+            assert shard.rank is not None
+            hbm[shard.rank] += storage_of(shard).hbm
+            host[shard.rank] += storage_of(shard).ddr
+    return hbm, host
 
 
 def settled(plan: Sequence[ShardingOption], layout: Layout) -> dict[ShardKey, Filling]:
@@ -127,7 +132,7 @@ def _fill_devices(
         wanting, budget = list(mine.values()), layout.budgets[rank]
         filled = fill(wanting, budget, rooms[rank] - rounding.get(rank, 0))
         if filled is None:  # nothing hot, then, and no cache that would be rounded up
-            must = sum(one.rows * one.bytes.whole for one in wanting if one.table.must_be_whole)
+            must = must_bytes(wanting)
             filled = fill(wanting, must, rooms[rank]) if must <= budget else None
         if filled is None:
             has = min(layout.budgets[rank], rooms[rank])
@@ -143,7 +148,7 @@ def _rooms(plan: Sequence[ShardingOption], layout: Layout) -> list[int]:
         io = layout.booking.io[key_of(option)] if layout.booking.placed(option) is not None else None
         for i, shard in enumerate(option.shards):
             assert shard.rank is not None
-            session = SESSION_BYTES * shard.size[0] if layout.booking.tracked else 0
+            session = layout.booking.session_bytes(shard.size[0])
             rooms[shard.rank] -= storage_of(shard).hbm if io is None else io[i] + session
     return rooms
 

@@ -10,32 +10,26 @@ from torchrec.distributed.planner.types import ShardingOption
 
 from torchrec_slipstream.access import CountHistogram
 from torchrec_slipstream.placement.allocation import TableShare, hot_rows_of
-from torchrec_slipstream.placement.estimators import expected_milliseconds, storage_of
+from torchrec_slipstream.placement.estimators import expected_milliseconds
 from torchrec_slipstream.placement.filling import Filling
 from torchrec_slipstream.placement.layout import Layout
 from torchrec_slipstream.placement.placement import Placement, ShardPlacement, TablePlacement
-from torchrec_slipstream.placement.settling import cache_rounding
-from torchrec_slipstream.placement.tables import CACHING, PlannedTable
+from torchrec_slipstream.placement.settling import bytes_by_device
+from torchrec_slipstream.placement.tables import PlannedTable
 
 
 def placement_of(plan: Sequence[ShardingOption], layout: Layout) -> Placement:
     """The placement that a settled plan and its bookings say."""
     devices = layout.capacity.devices
-    hbm, host = [0] * len(devices), [0] * len(devices)
+    hbm, host = bytes_by_device(plan, layout)
     tables: dict[str, TablePlacement] = {}
     shards: list[ShardPlacement] = []
     for option in plan:
-        for shard in option.shards:
-            assert shard.rank is not None
-            hbm[shard.rank] += storage_of(shard).hbm
-            host[shard.rank] += storage_of(shard).ddr
         table = layout.booking.placed(option)
         if table is not None:
             parts = [_shard(option, i, table, layout) for i in range(option.num_shards)]
             shards += parts
             tables[option.fqn] = _table(option, table, parts)
-    for rank, rounding in cache_rounding(plan, layout, frozenset({CACHING})).items():
-        hbm[rank] += rounding
     return Placement(
         tables=dict(sorted(tables.items())),
         shards=tuple(sorted(shards, key=lambda one: (one.rank, one.table, one.row_offset, one.col_offset))),

@@ -13,7 +13,7 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.types import ParameterConstraints, ShardingOption
 from torchrec.distributed.types import CacheParams, ModuleSharder, ShardingType
 
-from torchrec_slipstream.access import AccessProfile, CountHistogram, TableAccess
+from torchrec_slipstream.access import AccessProfile, CountHistogram, TableAccess, expected_distinct
 from torchrec_slipstream.errors import PlanError, ProfileError
 from torchrec_slipstream.tbe.memory import Cache, OptimizerState, RowBytes, cache_of, optimizer_of, row_bytes
 
@@ -94,9 +94,7 @@ class PlannedTable:
             return 0.0
         lookups = histogram.counts.astype(np.float64)
         lookups[histogram.counts == 0] = self.unattributed_a_row
-        with np.errstate(divide="ignore"):
-            absent = np.exp(self.lookups_a_step * np.log1p(-np.minimum(lookups / self.access.lookups, 1.0)))
-        return float(((1.0 - absent) * cold_rows).sum())
+        return expected_distinct(lookups / self.access.lookups, cold_rows, self.lookups_a_step)
 
     @cached_property
     def unattributed_a_row(self) -> float:
@@ -154,7 +152,7 @@ def plan_tables(
                     f"table {fqn}: enforce_hbm=True would put all its rows in HBM whatever the plan says; drop it, or "
                     "constrain the table to the compute kernel 'fused'"
                 )
-            reserved = params.get("cache_reserved_memory")
+            reserved, config = params.get("cache_reserved_memory"), _config(module, option.name)
             tables[fqn] = PlannedTable(
                 fqn=fqn,
                 name=option.name,
@@ -163,12 +161,12 @@ def plan_tables(
                 element_size=option.tensor.element_size(),
                 state=optimizer_of(module, option.tensor, params),
                 access=access,
-                lookups_a_step=lookups_a_sample(profile, access) * global_batch,
+                lookups_a_step=profile.pooling_factor(access.name) * global_batch,
                 kernels=allowed,
                 backing="caching" if UVM not in allowed else backing,
-                features=_features(module, option.name),
-                pooling=_pooling(module, option.name),
-                asked=replace(asked, reserved_memory=_first(asked.reserved_memory, reserved)),
+                features=len(config.feature_names) if config is not None else 1,
+                pooling=str(getattr(config, "pooling", "none")),
+                asked=asked if asked.reserved_memory is not None else replace(asked, reserved_memory=reserved),
                 cache=cache_of(asked, params),
             )
     if problems:
@@ -195,11 +193,6 @@ def access_of(profile: AccessProfile, option: ShardingOption) -> TableAccess | N
     return None
 
 
-def lookups_a_sample(profile: AccessProfile, access: TableAccess) -> float:
-    """Look-ups of a table in one sample, over all its features; what TorchRec calls its pooling factor."""
-    return access.lookups / profile.samples if profile.samples else 0.0
-
-
 def with_measured_pooling(
     constraints: Mapping[str, ParameterConstraints], profile: AccessProfile
 ) -> dict[str, ParameterConstraints]:
@@ -208,11 +201,11 @@ def with_measured_pooling(
     TorchRec's storage reservation counts inputs by them.
     """
     merged = dict(constraints)
-    for name, access in profile.tables.items():
+    for name in profile.tables:
         known = merged.get(name, ParameterConstraints())
         if not gives_pooling(known):
             copied = ParameterConstraints(**vars(known))
-            copied.pooling_factors = [max(lookups_a_sample(profile, access), 1.0)]
+            copied.pooling_factors = [max(profile.pooling_factor(name), 1.0)]
             merged[name] = copied
     return merged
 
@@ -241,17 +234,3 @@ def _config(module: nn.Module, table: str) -> Any:
         if callable(configs := getattr(module, name, None)):
             return next((config for config in configs() if config.name == table), None)
     return None
-
-
-def _features(module: nn.Module, table: str) -> int:
-    """How many features look rows up in it."""
-    config = _config(module, table)
-    return len(config.feature_names) if config is not None else 1
-
-
-def _pooling(module: nn.Module, table: str) -> str:
-    return str(getattr(_config(module, table), "pooling", "none"))
-
-
-def _first(one: float | None, other: float | None) -> float | None:
-    return one if one is not None else other
