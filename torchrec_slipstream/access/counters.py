@@ -37,6 +37,8 @@ class RowCounts:
         self.touches = torch.zeros(rows, dtype=torch.int32, device=device)
         self.faded = torch.zeros(rows, dtype=torch.int32, device=device) if fades else None
         self._added = 0
+        none = torch.empty(0, dtype=torch.int64, device=device)
+        self._none = none, none.int()
 
     def add(self, rows: Tensor) -> None:
         """Count one look-up of each of ``rows`` (int64 ``[n]``, in range)."""
@@ -75,10 +77,10 @@ class RowCounts:
             too little was added since the last call for a row to have come near.
         """
         part = TOUCHES_LIMIT // 2
-        high = torch.empty(0, dtype=torch.int64, device=self.touches.device)
-        if self._added >= part:
-            self._added = 0
-            high = (self.touches > TOUCHES_LIMIT).nonzero().squeeze(1)
+        if self._added < part:  # after nearly every step: no tensor is made
+            return self._none
+        self._added = 0
+        high = (self.touches > TOUCHES_LIMIT).nonzero().squeeze(1)
         taken = (self.touches[high] - TOUCHES_LIMIT - 1) // part * part + part
         if high.numel():
             self.touches[high] -= taken
