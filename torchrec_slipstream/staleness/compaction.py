@@ -1,8 +1,9 @@
-"""Compaction: the live look-ups of one batch, and how to cut a batch down to them.
+"""Compaction: some look-ups of one batch (the live ones, the hot ones), and how to cut a batch down to them.
 
-Kept free of FBGEMM: it takes the mask of live look-ups and ordinary tensors. On a CPU the live positions are found
+Kept free of FBGEMM: it takes the mask of the look-ups to keep and ordinary tensors. On a CPU their positions are found
 at once. On a GPU that would stall the host until the device has counted them, so the count travels to pinned
-memory behind an event while the forward goes on, and is read only when the backward asks for it, long after.
+memory behind an event while the forward goes on, and is read only when the backward asks for it, long after. Until
+then the kept look-ups can be had with padding behind them, in tensors as long as the batch.
 """
 
 from __future__ import annotations
@@ -17,20 +18,25 @@ class Compaction:
 
     Args:
         live: bool ``[N]``, one entry a look-up; True where its row is updated.
-        offsets: int ``[bags + 1]``, non-decreasing, ``offsets[0] == 0`` and ``offsets[-1] == N``.
+        offsets: int ``[bags + 1]``, non-decreasing, ``offsets[0] == 0`` and ``offsets[-1] <= N``.
+
+    Attributes:
+        mask: ``live``.
     """
 
     def __init__(self, live: Tensor, offsets: Tensor) -> None:
         self._offsets = offsets
+        self.mask = live
         if live.device.type == "cpu":
             self._positions = positions_of(live)
             self._count: int | None = self._positions.numel()
             self._running = _complete_cumsum(live, offsets.dtype)
             return
         self._running = _complete_cumsum(live, torch.int64)
-        # Live look-up number k goes to slot k; every stale one goes to one spare slot at the end.
+        # Live look-up number k goes to slot k; every stale one goes to one spare slot at the end. Slots that nobody
+        # goes to keep a position that can be read.
         slots = torch.where(live, self._running[:-1], live.numel())
-        self._positions = torch.empty(live.numel() + 1, dtype=torch.int64, device=live.device)
+        self._positions = torch.zeros(live.numel() + 1, dtype=torch.int64, device=live.device)
         self._positions.scatter_(0, slots, torch.arange(live.numel(), device=live.device))
         self._count = None
         self._pinned = torch.empty(1, dtype=torch.int64, pin_memory=True)
@@ -60,6 +66,23 @@ class Compaction:
     def positions(self) -> Tensor:
         """int64 ``[count]``, ascending positions of the live look-ups."""
         return self._positions.narrow(0, 0, self.count)
+
+    @property
+    def padded_positions(self) -> Tensor:
+        """int64: :attr:`positions`, on a GPU with any positions behind them up to ``[N]``. Never waits."""
+        return self._positions if self._count is not None else self._positions[:-1]
+
+    @property
+    def valid(self) -> Tensor | None:
+        """bool ``[N]``, which of :attr:`padded_positions` are not padding; None on a CPU: all."""
+        if self._running.device.type == "cpu":
+            return None
+        return torch.arange(self.lookups, device=self._running.device) < self._running[-1]
+
+    @property
+    def ranks(self) -> Tensor:
+        """``[N]``, how many live look-ups precede each look-up."""
+        return self._running[:-1]
 
     def take(self, values: Tensor) -> Tensor:
         """Entries (or rows) of ``values`` (``[N, ...]``) that belong to live look-ups, in order."""

@@ -93,8 +93,6 @@ class TrackedTbe:
         """Bring every row's signal up to date, and take the snapshots for the next."""
         pool = self.pool
         bounds = pool.bounds(self.shard_begins)
-        weights = self.filter.weights() if signal.needs_snapshot else None
-        states = self.filter.squared_gradients() if signal.needs_state else None
         begins = self.shard_begins.tolist()
         for shard, (begin, end) in enumerate(pairwise(bounds)):
             if begin == end:
@@ -102,11 +100,11 @@ class TrackedTbe:
             local = pool.rows[begin:end] - begins[shard]
             part = slice(begin, end)
             now = torch.empty(0, device=local.device)
-            if weights is not None:
-                now = weights[shard].index_select(0, local).float()
+            if signal.needs_snapshot:
+                now = self.filter.weights(shard, local).float()
             state = torch.empty(0, device=local.device)
-            if states is not None:
-                state = states[shard].index_select(0, local).float()
+            if signal.needs_state:
+                state = self.filter.squared_gradients(shard, local).float()
                 state = state.mean(dim=1) if state.dim() == 2 else state
             view = RowView(
                 weights=now,
@@ -118,9 +116,9 @@ class TrackedTbe:
             )
             score = signal.score(view)
             pool.score[part] = torch.where(score.isnan(), pool.score[part], score)
-            if states is not None:
+            if signal.needs_state:
                 pool.state[part] = state
-            if weights is not None:
+            if signal.needs_snapshot:
                 pool.snapshots[shard] = now.to(self.snapshot_dtype)
 
     def comparable_score(self) -> Tensor:
@@ -258,7 +256,7 @@ def _signal_for(update_filter: UpdateFilter, config: StalenessConfig) -> Signal 
     """
     if config.selection == "sampling":
         return None
-    has_state = update_filter.squared_gradients() is not None
+    has_state = update_filter.has_squared_gradients
     name = config.signal
     if name == "auto":
         name = "gain" if has_state else "movement"

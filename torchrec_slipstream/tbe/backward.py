@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,18 +14,50 @@ from torchrec_slipstream.tbe.finding import TBE
 from torchrec_slipstream.tbe.sampling import Layout, variable_blocks
 
 
+class Cut(Protocol):
+    """What the backward is to see of a batch: a compaction of it, or its beginning."""
+
+    @property
+    def count(self) -> int: ...
+
+    def take(self, values: Tensor) -> Tensor: ...
+
+    def offsets(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """All look-ups of a batch that has padding behind them; how many they are is known when the backward asks."""
+
+    chosen: Compaction
+    batch_offsets: Tensor
+
+    @property
+    def count(self) -> int:
+        return self.chosen.count
+
+    def take(self, values: Tensor) -> Tensor:
+        return values.narrow(0, 0, self.count)
+
+    def offsets(self) -> Tensor:
+        return self.batch_offsets
+
+
 class SavedLookups:
-    """Hooks that let the fused backward unpack the live look-ups only.
+    """Hooks that let the fused backward unpack a part of the look-ups only.
 
     A saved tensor is one of ours if it is the same memory, shape and dtype as what the TBE handed to its C++
     function: by size alone, ``indices`` could not be told from a weight table.
+
+    Attributes:
+        cut: the part, to be set before the backward.
     """
 
     def __init__(self, tbe: TBE, weights: Tensor | None) -> None:
         self._tbe = tbe
         self._weights = weights
         self._met: set[str] = set()
-        self.compaction: Compaction | None = None
+        self.cut: Cut | None = None
         self._factor: Tensor | None = None
 
     def pack(self, tensor: Tensor) -> Tensor | tuple[str, Tensor, int]:
@@ -50,12 +83,12 @@ class SavedLookups:
                 f"the {name} of a look-up were modified by an inplace operation between its forward and its backward; "
                 "clone() them first"
             )
-        assert self.compaction is not None  # set after the forward, or by the hook that precedes this backward
+        assert self.cut is not None  # set after the forward, or by the hook that precedes this backward
         if name == "offsets":
-            return self.compaction.offsets()
-        taken = self.compaction.take(tensor)
+            return self.cut.offsets()
+        taken = self.cut.take(tensor)
         if name == "weights" and self._factor is not None:
-            taken = taken * self.compaction.take(self._factor)
+            taken = taken * self.cut.take(self._factor)
         return taken
 
     def scale_weights(self, factor: Tensor) -> None:
@@ -70,7 +103,7 @@ class SavedLookups:
         if missing := needed - self._met:
             raise RuntimeError(
                 f"this FBGEMM saves {sorted(missing)} for its backward in a way that the update filter does not "
-                "know, so stale updates cannot be left out. Call detach() to train on, and report the version."
+                "know, so look-ups cannot be left out of it. Call detach() to train on, and report the version."
             )
 
 
@@ -78,18 +111,32 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
     return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.dtype == other.dtype
 
 
-def prehook(output: Tensor, mend: Callable[[Tensor], Tensor]) -> None:
-    """Run ``mend`` on the gradient that enters the node which made ``output``, and on no other's."""
-    assert output.grad_fn is not None
-    output.grad_fn.register_prehook(lambda gradients: (mend(gradients[0]), *gradients[1:]))
+def prehook(node: Any, mend: Callable[[Tensor], Tensor]) -> None:
+    """Run ``mend`` on the gradient that enters a ``grad_fn``, and on no other's."""
+    node.register_prehook(lambda gradients: (mend(gradients[0]), *gradients[1:]))
 
 
-def scale_vbe(gradient: Tensor, factor: Tensor, layout: Layout) -> Tensor:
-    """Multiply the gradient of every bag of a variable batch by the bag's factor (``[bags]``, feature-major)."""
+def scale_bags(gradient: Tensor, factor: Tensor, layout: Layout) -> Tensor:
+    """Multiply every bag of a pooled output, or of its gradient, by the bag's factor (``[bags]``, feature-major)."""
+    if layout.batch_sizes is None:
+        by_feature = factor.view(len(layout.dims), -1).t()
+        # A plain list of widths: nothing to count on the device.
+        expanded = torch.cat([by_feature[:, f : f + 1].expand(-1, dim) for f, dim in enumerate(layout.dims)], dim=1).to(
+            gradient.dtype
+        )
+        return gradient * expanded
     scaled = gradient.clone()
     for block, first in variable_blocks(scaled, layout):
         block.mul_(factor[first : first + block.shape[0], None])
     return scaled
+
+
+def clipped(tbe: TBE, gradient: Tensor) -> Tensor:
+    """The gradient as the TBE would clip it: what we scale has to be clipped before, at its full size."""
+    arguments = tbe.optimizer_args
+    if not arguments.gradient_clipping:
+        return gradient
+    return gradient.clamp(-arguments.max_gradient, arguments.max_gradient)
 
 
 class WeightGradient(torch.autograd.Function):
@@ -147,11 +194,8 @@ def weight_gradient(
     operator = getattr(torch.ops.fbgemm, name)
 
     def gradient(grad_output: Tensor) -> Tensor:
-        arguments = tbe.optimizer_args
-        if arguments.gradient_clipping:
-            grad_output = grad_output.clamp(-arguments.max_gradient, arguments.max_gradient)
         return operator(
-            grad_output,
+            clipped(tbe, grad_output),
             tbe.weights_host,
             tbe.weights_dev,
             tbe.weights_uvm,

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from torchrec_slipstream.errors import AttachError, LookupRangeError
 from torchrec_slipstream.tbe.finding import TBE, Attached
+from torchrec_slipstream.tbe.part import Call
+from torchrec_slipstream.tbe.preparing import without_hot
 
 if TYPE_CHECKING:
     from torchrec_slipstream.tbe.update_filter import UpdateFilter
@@ -36,20 +39,33 @@ class _FilteredTbe(Attached):
         # Named here, so that a call by position and one by name reach FBGEMM alike.
         more |= zip(_MORE_ARGUMENTS, rest, strict=False)
         try:
-            return self._slipstream.forward(
-                super().forward,  # type: ignore[misc]  # the TBE's own class comes next in the order of resolution
-                indices,
-                offsets,
-                per_sample_weights,
-                feature_requires_grad,
-                batch_size_per_feature_per_rank,
-                **more,
+            call = Call(
+                indices, offsets, per_sample_weights, feature_requires_grad, batch_size_per_feature_per_rank, more
             )
+            # The TBE's own class comes next in the order of resolution.
+            return self._slipstream.forward(super().forward, call)  # type: ignore[misc]
         except RuntimeError as error:
             why = _out_of_range(self._slipstream, indices, offsets, batch_size_per_feature_per_rank)
             if why is None:
                 raise
             raise LookupRangeError(why) from error
+
+    def prefetch(
+        self,
+        indices: Tensor,
+        offsets: Tensor,
+        forward_stream: torch.cuda.Stream | None = None,
+        batch_size_per_feature_per_rank: list[list[int]] | None = None,
+    ) -> None:
+        if (overlay := self._slipstream.overlay) is not None:
+            call = Call(indices, offsets, None, None, batch_size_per_feature_per_rank)
+            indices = without_hot(self._slipstream, overlay, call)
+        super().prefetch(indices, offsets, forward_stream, batch_size_per_feature_per_rank)  # type: ignore[misc]
+
+    def flush(self) -> None:
+        if (overlay := self._slipstream.overlay) is not None:
+            overlay.release()
+        super().flush()  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         raise AttachError("a TBE with a Slipstream session attached cannot be copied; detach() the session first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -13,10 +14,26 @@ from torchrec_slipstream.access.counters import RowCounts
 from torchrec_slipstream.access.sketch import RowSketch
 from torchrec_slipstream.tbe.finding import FoundTbe
 from torchrec_slipstream.tbe.memory import optimizer_state
+from torchrec_slipstream.tbe.row_space import RowSpace
+
+
+@dataclass(frozen=True)
+class CheckedBatch:
+    """A batch after FBGEMM's bounds check.
+
+    Attributes:
+        indices: int ``[N]``, local rows.
+        offsets: int ``[bags + 1]``.
+        bounds: int ``[features + 1]``, where each feature's look-ups begin.
+    """
+
+    indices: Tensor
+    offsets: Tensor
+    bounds: Tensor
 
 
 class LookupCounter:
-    """Counts the look-ups of one TBE, as FBGEMM saw them in the forward that it has just run.
+    """Counts the look-ups of one TBE, as FBGEMM sees them after its bounds check.
 
     The rows of a shard have a *slot* each, in order, or share one if they are not counted one by one
     (``TableShard.slots``).
@@ -45,13 +62,12 @@ class LookupCounter:
         self.feature_table: list[int] = list(tbe.feature_table_map)
         self.samples = torch.zeros(len(self.feature_table), dtype=torch.float64)
         self.lookups = torch.zeros(len(self.feature_table), dtype=torch.int64, device=self.device)
-        self._feature_begin = torch.tensor(
-            [found.shards[t].row_begin for t in self.feature_table], dtype=torch.int64, device=self.device
+        self.space = RowSpace(
+            [shard.rows for shard in found.shards],
+            [shard.counted for shard in found.shards],
+            self.feature_table,
+            self.device,
         )
-        has_slots = [found.shards[t].counted for t in self.feature_table]
-        self._counts_rows = any(has_slots)
-        # None where every row has its slot; else 0 for the features whose rows share one.
-        self._feature_factor = None if all(has_slots) else torch.tensor(has_slots, device=self.device).long()
 
     @property
     def touches(self) -> Tensor:
@@ -70,43 +86,42 @@ class LookupCounter:
         except ValueError:
             return optimizer_state(EmbOptimType.ADAM).row_bytes(dim)
 
-    def observe(self, batch_sizes: list[list[int]] | None, *, want_rows: bool) -> tuple[Tensor, Tensor]:
-        """Count the look-ups of the forward just run.
+    def checked(self) -> CheckedBatch:
+        """The batch of the forward just run, as FBGEMM saw it: casts done, out-of-range indices put right."""
+        tbe = self.tbe
+        return self.batch_of(tbe._indices, tbe._offsets, tbe._vbe_B_offsets)
 
-        Args:
-            batch_sizes: of a variable batch, its samples by feature and rank.
-            want_rows: whether the slots are asked for; else something of no meaning may stand in their place.
-
-        Returns:
-            The slots of the look-ups' rows, int64 ``[N]``; where each feature's look-ups begin, ``[features + 1]``.
-        """
-        # What FBGEMM made of the arguments: casts done, out-of-range indices put right by its bounds check.
-        indices, offsets = self.tbe._indices, self.tbe._offsets
+    def batch_of(self, indices: Tensor, offsets: Tensor, vbe_bounds: Tensor | None) -> CheckedBatch:
+        """The batch of checked ``indices`` and ``offsets``; ``vbe_bounds``: of a variable batch, FBGEMM's B_offsets."""
         if self.device.type == "cpu" and self.tbe.bounds_check_mode_int == BoundsCheckMode.NONE.value:
             # Nothing refuses indices that are longer than the last offset says; FBGEMM does not read their end.
             indices = indices[: int(offsets[-1])]
-        bag_bounds = self.tbe._vbe_B_offsets
-        if bag_bounds is not None and bag_bounds.numel() > 0:
-            bounds = offsets.index_select(0, bag_bounds)
+        if vbe_bounds is not None and vbe_bounds.numel() > 0:
+            bounds = offsets.index_select(0, vbe_bounds)
         else:
             bounds = offsets[:: max(1, (offsets.numel() - 1) // len(self.feature_table))]
-        lengths = bounds.diff()
-        self.lookups += lengths
-        rows = bounds
-        if want_rows or (self.counting and self._counts_rows):
-            rows = torch.repeat_interleave(self._feature_begin, lengths, output_size=indices.numel())
-            if self._feature_factor is None:
-                rows += indices
-            else:
-                factor = torch.repeat_interleave(self._feature_factor, lengths, output_size=indices.numel())
-                rows += indices * factor
-        if self.counting:
-            if self._counts_rows:
-                self.counts.add(rows)
-            if self.sketches:
-                self._add_to_sketches(indices, bounds)
-            self.count_samples(offsets, batch_sizes)
-        return rows, bounds
+        return CheckedBatch(indices, offsets, bounds)
+
+    def observe(self, batch: CheckedBatch, batch_sizes: list[list[int]] | None, *, rows: Tensor | None = None) -> None:
+        """Count the look-ups of a training step's forward.
+
+        Args:
+            batch: its look-ups.
+            batch_sizes: of a variable batch, its samples by feature and rank.
+            rows: the slots of the look-ups' rows (``space``), where they are known.
+        """
+        self.lookups += batch.bounds.diff()
+        if not self.counting:
+            return
+        if self.space.any_own:
+            self.counts.add(self.rows_of(batch) if rows is None else rows)
+        if self.sketches:
+            self._add_to_sketches(batch.indices, batch.bounds)
+        self.count_samples(batch.offsets, batch_sizes)
+
+    def rows_of(self, batch: CheckedBatch) -> Tensor:
+        """int64 ``[N]``, the slots of the look-ups' rows."""
+        return self.space.of_lookups(batch.indices, batch.bounds.diff())
 
     def _add_to_sketches(self, indices: Tensor, bounds: Tensor) -> None:
         for table, (begin, end) in zip(self.feature_table, pairwise(bounds.tolist()), strict=True):

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from torch import Tensor
 
-from torchrec_slipstream.staleness.compaction import Compaction
 from torchrec_slipstream.staleness.selection import ALWAYS_LIVE
 from torchrec_slipstream.tbe import sampling
-from torchrec_slipstream.tbe.backward import SavedLookups, WeightGradient, prehook, scale_vbe, weight_gradient
+from torchrec_slipstream.tbe.backing import BackingRows
+from torchrec_slipstream.tbe.backward import prehook
 from torchrec_slipstream.tbe.class_swap import swap_in, swap_out
-from torchrec_slipstream.tbe.counting import LookupCounter
-from torchrec_slipstream.tbe.finding import FoundTbe
+from torchrec_slipstream.tbe.counting import CheckedBatch, LookupCounter
+from torchrec_slipstream.tbe.finding import TBE, FoundTbe
+from torchrec_slipstream.tbe.overlay import Overlay
+from torchrec_slipstream.tbe.part import Call, Part
+from torchrec_slipstream.tbe.preparing import bounds_unchecked, checked_call, take_prefetched
+from torchrec_slipstream.tbe.routing import Side, merge, route
+from torchrec_slipstream.tbe.sampling import Layout
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class UpdateFilter(LookupCounter):
         sampling: None, or how to sample the look-ups of rows that are not live: a :class:`Sampling`.
         watching: whether the coming backwards' gradient magnitudes are kept in ``magnitudes``.
         step: number of the coming step; sampling draws by it.
+        overlay: where hot rows are; None: the TBE has all rows itself. Set it before :meth:`attach`.
         skipped: int64 ``[features]``, look-ups whose update was left out.
     """
 
@@ -56,15 +61,21 @@ class UpdateFilter(LookupCounter):
         self._draws = (0, 0)
         self.any_stale = False
         self._dims = [found.shards[t].dim for t in self.feature_table]
-        self._feature_dims = torch.tensor(self._dims, dtype=torch.int64, device=self.device)
         self.skipped = torch.zeros_like(self.lookups)
+        self.overlay: Overlay | None = None
+        self._rows = BackingRows(self.tbe)
 
     def attach(self) -> None:
         """Make the TBE use this filter from its next forward on."""
         swap_in(self.tbe, self)
 
     def detach(self) -> None:
-        """Make the TBE stock again. A backward that is still to come keeps what its forward decided."""
+        """Make the TBE stock again, all rows in it. A backward that is still to come keeps what its forward decided.
+
+        With an overlay no backward may be still to come: it would update hot rows that are back already.
+        """
+        if self.overlay is not None:
+            self.overlay.release()
         swap_out(self.tbe)
 
     def set_patterns(self, rows: Tensor, patterns: Tensor) -> None:
@@ -73,22 +84,23 @@ class UpdateFilter(LookupCounter):
         self.patterns[rows] = patterns
         self.any_stale = bool((patterns != ALWAYS_LIVE).any())
 
-    def weights(self) -> list[Tensor]:
-        """``[rows, dim]`` a shard, the current weights in their own dtype; views, not to be written to.
+    def weights(self, place: int, rows: Tensor) -> Tensor:
+        """``[n, dim]``, current weights of a shard's ``rows`` (int64 ``[n]``), wherever they are, in their dtype."""
+        holder = self._rows if self.overlay is None else self.overlay
+        return holder.look(place, rows, 0)
 
-        Rows that FBGEMM's UVM cache holds are written back first.
+    @property
+    def has_squared_gradients(self) -> bool:
+        """Whether the optimizer keeps a sum of squared gradients over a row's whole life: the Adagrad family.
+
+        Adam's running mean is something else.
         """
-        self.tbe.flush()
-        return self.tbe.split_embedding_weights()
+        return self.tbe.optimizer in (EmbOptimType.EXACT_ROWWISE_ADAGRAD, EmbOptimType.EXACT_ADAGRAD)
 
-    def squared_gradients(self) -> list[Tensor] | None:
-        """The optimizer's sum of squared gradients, ``[rows]`` or ``[rows, dim]`` a shard (views), or None.
-
-        Only the Adagrad family keeps a sum over a row's whole life; Adam's running mean is something else.
-        """
-        if self.tbe.optimizer not in (EmbOptimType.EXACT_ROWWISE_ADAGRAD, EmbOptimType.EXACT_ADAGRAD):
-            return None
-        return [states[0] for states in self.tbe.split_optimizer_states()]
+    def squared_gradients(self, place: int, rows: Tensor) -> Tensor:
+        """The optimizer's sum of squared gradients of a shard's ``rows`` (int64 ``[n]``): ``[n]`` or ``[n, dim]``."""
+        holder = self._rows if self.overlay is None else self.overlay
+        return holder.look(place, rows, 1)
 
     def choose_live(self, rows: Tensor) -> Tensor:
         """bool ``[N]``, which of the look-ups of ``rows`` (int64 ``[N]``, slots) are live."""
@@ -108,134 +120,94 @@ class UpdateFilter(LookupCounter):
 
     # ----------------------------------------------------------------------------------------- one forward
 
-    def forward(
-        self,
-        stock: Callable[..., Tensor],
-        indices: Tensor,
-        offsets: Tensor,
-        per_sample_weights: Tensor | None,
-        feature_requires_grad: Tensor | None,
-        batch_size_per_feature_per_rank: list[list[int]] | None,
-        **more: Any,
-    ) -> Tensor:
+    def forward(self, stock: Callable[..., Tensor], call: Call) -> Tensor:
         """Run ``stock``, the TBE's own forward, so that its backward leaves out what is stale."""
-        batch = dict(
-            feature_requires_grad=feature_requires_grad,
-            batch_size_per_feature_per_rank=batch_size_per_feature_per_rank,
-            **more,
-        )
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return stock(indices, offsets, per_sample_weights, **batch)
-        if indices.numel() == 0:
-            output = stock(indices, offsets, per_sample_weights, **batch)
-            self.count_samples(offsets, batch_size_per_feature_per_rank)
+        training = torch.is_grad_enabled()
+        if torch.compiler.is_compiling():
+            if self.overlay is not None:
+                raise RuntimeError("torch.compile cannot trace a TBE with hot rows; detach() first, or compile less")
+            return call.run(stock)
+        if call.indices.numel() == 0 or (not training and self.overlay is None):
+            output = call.run(stock)
+            if training:
+                self.count_samples(call.offsets, call.batch_sizes)
             return output
-        if not self.any_stale:
-            output = stock(indices, offsets, per_sample_weights, **batch)
-            self.observe(batch_size_per_feature_per_rank, want_rows=False)
-            if self.watching and output.grad_fn is not None:
-                layout = self._layout(batch_size_per_feature_per_rank, more)
-                prehook(output, lambda gradient: self._watch(sampling.magnitudes(gradient, layout), gradient))
+        layout = Layout(self.tbe.pooling_mode, self._dims, call.batch_sizes, call.more.get("vbe_output_offsets"))
+        rows = None
+        if self.overlay is None:
+            parts = [self._part(self.tbe, stock, call, layout)]
+            output = parts[0].run()
+            batch = self.checked()
+        else:
+            parts, output, batch, rows = self._run_both(stock, call, layout, self.overlay)
+        if not training:
             return output
-        if per_sample_weights is not None:
-            # The cast that FBGEMM would do, done here so that the saved tensor is recognised by identity.
-            per_sample_weights = per_sample_weights.float()
-        weights_differentiable = per_sample_weights is not None and per_sample_weights.requires_grad
-        weights = per_sample_weights.detach() if per_sample_weights is not None else None
-        pooled = self.tbe.pooling_mode != PoolingMode.NONE
-        if self.sampling is not None and weights is None and pooled:
-            weights = torch.ones(indices.numel(), device=self.device)
-        if weights is not None:
-            # FBGEMM would compute the weights' gradient over the live look-ups only, in their shape.
-            batch["feature_requires_grad"] = torch.zeros(len(self.feature_table), dtype=torch.int32, device=self.device)
-        tbe = self.tbe
-        saved = SavedLookups(tbe, weights)
-        with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-            output = stock(indices, offsets, weights, **batch)
+        if rows is None and self.any_stale:
+            rows = self.rows_of(batch)
+        self.observe(batch, call.batch_sizes, rows=rows)
         if output.grad_fn is None:
             return output
-        saved.check()
-        rows, bounds = self.observe(batch_size_per_feature_per_rank, want_rows=True)
+        if not self.any_stale:
+            if self.watching:
+                prehook(output.grad_fn, lambda gradient: self._watch(sampling.magnitudes(gradient, layout), gradient))
+            return output
+        assert rows is not None
         live = self.choose_live(rows)
         if self.sampling is not None:
-            layout = self._layout(batch_size_per_feature_per_rank, more)
-            self._sample_in_backward(output, saved, live, bounds, per_sample_weights is not None, layout)
-        else:
-            saved.compaction = compaction = Compaction(live, tbe._offsets)
-            self.skipped += bounds.diff() - compaction.live_before(bounds).diff()
-            self._mend_gradient(output, compaction, weights, batch_size_per_feature_per_rank, more)
-        if weights_differentiable:
-            gradient = weight_gradient(tbe, feature_requires_grad, batch_size_per_feature_per_rank, more)
-            output = WeightGradient.apply(output, per_sample_weights, gradient)
+            self._sample_in_backward(output, parts, live, batch, layout)
+            return output
+        for part in parts:
+            self.skipped += part.cut(live, batch.bounds)
+            part.fit_gradient()
         return output
 
-    def _mend_gradient(
-        self,
-        output: Tensor,
-        compaction: Compaction,
-        weights: Tensor | None,
-        batch_sizes: list[list[int]] | None,
-        more: dict[str, Any],
-    ) -> None:
-        """Let the backward's incoming gradient fit the compacted look-ups."""
+    def _part(
+        self, tbe: TBE, forward: Callable[..., Tensor], call: Call, layout: Layout, side: Side | None = None
+    ) -> Part:
+        cuts = self.any_stale and torch.is_grad_enabled()
+        return Part(tbe, forward, call, layout, side=side, cuts=cuts, samples=self.sampling is not None)
+
+    def _run_both(
+        self, stock: Callable[..., Tensor], call: Call, layout: Layout, overlay: Overlay
+    ) -> tuple[list[Part], Tensor, CheckedBatch, Tensor | None]:
+        """The forward of a TBE with an overlay: its parts, output, look-ups, and their slots where they are known."""
         tbe = self.tbe
-        if tbe.pooling_mode == PoolingMode.NONE:
-            # A row of gradient a look-up: move those of live look-ups to the front. The shape must stay (autograd
-            # checks it), but the rows behind are never read, so they are never written either.
-            def to_front(gradient: Tensor) -> Tensor:
-                moved = torch.empty_like(gradient, memory_format=torch.contiguous_format)
-                torch.index_select(gradient, 0, compaction.positions, out=moved[: compaction.count])
-                return moved
-
-            prehook(output, to_front)
-            return
-        # With per-sample weights, FBGEMM's CPU backward does not divide by the length (its CUDA backward does).
-        unscaled = weights is not None and self.device.type == "cpu"
-        if tbe.pooling_mode != PoolingMode.MEAN or unscaled:
-            return
-        factor = compaction.mean_factor()
-        if factor is None:
-            return
-        clip = tbe.optimizer_args.max_gradient if tbe.optimizer_args.gradient_clipping else None
-
-        def mend(gradient: Tensor) -> Tensor:
-            # FBGEMM clips the gradient it is given, which must be the full bag's.
-            gradient = gradient if clip is None else gradient.clamp(-clip, clip)
-            if batch_sizes is None:
-                by_feature = factor.view(len(self.feature_table), -1).t()
-                return gradient * torch.repeat_interleave(
-                    by_feature, self._feature_dims, dim=1, output_size=gradient.shape[1]
-                ).to(gradient.dtype)
-            return scale_vbe(gradient, factor, self._layout(batch_sizes, more))
-
-        prehook(output, mend)
+        overlay.hold()
+        call, batch = checked_call(self, call)
+        numbers = overlay.space.of_lookups(batch.indices, batch.bounds.diff())
+        cold, hot = route(batch, overlay.words.index_select(0, numbers))
+        take_prefetched(tbe, cold)
+        with bounds_unchecked(tbe):
+            parts = [self._part(tbe, stock, call.of_side(cold), layout, cold)]
+            output = parts[0].run()
+        overlay.follow()
+        if not hot.is_empty:
+            parts.append(self._part(overlay.tbe, overlay.tbe, call.of_side(hot), layout, hot))
+            output = merge(output, parts[1].run(), cold, hot, layout)
+        if torch.is_grad_enabled():
+            overlay.hits += hot.bounds.diff()
+            overlay.dirty = True
+        return parts, output, batch, numbers if overlay.space.own == self.space.own else None
 
     # ----------------------------------------------------------------------------------------- sampling
-
-    def _layout(self, batch_sizes: list[list[int]] | None, more: dict[str, Any]) -> sampling.Layout:
-        return sampling.Layout(self.tbe.pooling_mode, self._dims, batch_sizes, more.get("vbe_output_offsets"))
 
     def _watch(self, magnitudes: Tensor, gradient: Tensor) -> Tensor:
         self.magnitudes.append(magnitudes)
         return gradient
 
     def _sample_in_backward(
-        self,
-        output: Tensor,
-        saved: SavedLookups,
-        live: Tensor,
-        bounds: Tensor,
-        users_weights: bool,
-        layout: sampling.Layout,
+        self, output: Tensor, parts: list[Part], live: Tensor, batch: CheckedBatch, layout: Layout
     ) -> None:
         """Decide in the backward, when the gradient is there, which stale look-ups are kept, and at what weight."""
-        tbe, offsets, chosen, watching = self.tbe, self.tbe._offsets, self.sampling, self.watching
+        chosen, watching = self.sampling, self.watching
         assert chosen is not None
         step, draw = self.step, self._draws[1] + 1 if self._draws[0] == self.step else 0
         self._draws = (step, draw)
         name = self.shards[0].key
+        seen = False
 
         def sample(gradient: Tensor) -> Tensor:
+            nonlocal seen
             magnitudes = sampling.magnitudes(gradient, layout)
             if watching:
                 self.magnitudes.append(magnitudes)
@@ -243,34 +215,18 @@ class UpdateFilter(LookupCounter):
             generator = sampling.generator_for(name, step, draw, self.device)
             kept = torch.rand(probability.shape, generator=generator, device=self.device) < probability
             # 0 for what is dropped, so that one expansion to the look-ups tells both.
-            stands_for = sampling.of_lookups(torch.where(kept, 1.0 / probability, 0.0), offsets, layout, live.numel())
-            # A second backward through a retained graph draws again, but these look-ups were seen once.
-            again = saved.compaction is not None
-            saved.compaction = compaction = Compaction(live | (stands_for > 0), offsets)
-            if not again:
-                self.skipped += bounds.diff() - compaction.live_before(bounds).diff()
+            stands_for = torch.where(kept, 1.0 / probability, 0.0)
+            stands_for = sampling.of_lookups(stands_for, batch.offsets, layout, live.numel())
+            kept = live | (stands_for > 0)
             factor = torch.where(live, 1.0, stands_for)
-            if tbe.pooling_mode == PoolingMode.NONE:
-                moved = torch.empty_like(gradient, memory_format=torch.contiguous_format)
-                kept_factor = compaction.take(factor)[:, None].to(gradient.dtype)
-                torch.mul(compaction.take(gradient), kept_factor, out=moved[: compaction.count])
-                return moved
-            if tbe.pooling_mode == PoolingMode.MEAN:
-                factor = factor * self._mean_weight(compaction, users_weights)
-            saved.scale_weights(factor)
+            for part in parts:
+                left_out = part.cut(kept, batch.bounds, factor)
+                # A second backward through a retained graph draws again, but these look-ups were seen once.
+                if not seen:
+                    self.skipped += left_out
+            seen = True
             return gradient
 
-        prehook(output, sample)
-
-    def _mean_weight(self, compaction: Compaction, users_weights: bool) -> Tensor:
-        """What a look-up's weight in the backward must be for mean pooling, float32 ``[look-ups]``.
-
-        Given weights, FBGEMM's CPU backward does not divide by the bag's length, its CUDA backward divides by the
-        compacted one. (With the user's weights the stock CPU backward does not divide either.)
-        """
-        lengths = compaction.full_offsets.diff()
-        if self.device.type == "cpu":
-            of_bag = torch.ones(lengths.numel()) if users_weights else (1.0 / lengths.double()).float()
-        else:
-            of_bag = compaction.offsets().diff() / lengths.clamp(min=1)
-        return torch.repeat_interleave(of_bag, lengths, output_size=compaction.lookups)
+        prehook(output.grad_fn, sample)
+        for part in parts:  # after the decision
+            part.fit_gradient()

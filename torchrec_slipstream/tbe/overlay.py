@@ -1,0 +1,299 @@
+"""The overlay: a small TBE in fast memory that holds copies of a backing TBE's hot rows, with their optimizer state.
+
+The backing TBE keeps the whole logical table, every row at its own index. An int32 *slot word* a row says where the
+row's truth is: -1, in the backing TBE; else in that slot of the overlay. Moving a row copies first and changes the word
+last, so that whatever fails in between leaves every row with one whole truth.
+
+Slots are shared by all tables of equal dim (a :class:`Pool`), by giving the overlay TBE one physical table a dim, which
+all features of that dim look up in.
+
+``state_dict`` and the fused optimizer's state are views of the backing TBE. Before anybody reads them the overlay is
+*released*: its rows are written back, and the backing TBE has the truth until the next forward, which reads the hot
+rows anew. So what is loaded into those views meanwhile, by whatever way, is what trains on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import log2
+from typing import Any
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation, PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
+    SplitTableBatchedEmbeddingBagsCodegen,
+    UserEnabledConfigDefinition,
+)
+from torch import Tensor
+
+from torchrec_slipstream.errors import AttachError
+from torchrec_slipstream.staleness.compaction import positions_of
+from torchrec_slipstream.tbe.backing import BackingRows
+from torchrec_slipstream.tbe.finding import TBE, FoundTbe, TableShard
+from torchrec_slipstream.tbe.row_space import RowSpace
+
+_WEIGHTS = (SparseType.FP32, SparseType.FP16, SparseType.BF16)
+# Bytes of rows that a release or a reload copies at a time: bounds the memory besides.
+_CHUNK_BYTES = 64 * 2**20
+
+
+@dataclass(eq=False)
+class Pool:
+    """The slots that the tables of one dim share.
+
+    Attributes:
+        slots: how many.
+        row_bytes: of a slot: weights and optimizer state.
+        shards: places of the shards whose rows may take them.
+        owner: int64 ``[slots]``, the row (number in the overlay's ``space``) that took the slot last; -1 none. It has
+            the slot while its word says so.
+        tensors: the slots' weights and optimizer state, ``[slots, ...]`` each.
+    """
+
+    dim: int
+    slots: int
+    row_bytes: int
+    shards: tuple[int, ...]
+    owner: Tensor
+    tensors: list[Tensor] = field(repr=False)
+
+
+def can_hold(found: FoundTbe, place: int) -> bool:
+    """Whether the shard's rows can be hot: it has any, and they are not in fast memory anyway."""
+    return found.tbe.embedding_specs[place][2] != EmbeddingLocation.DEVICE and found.shards[place].rows > 0
+
+
+class Overlay:
+    """The overlay of one backing TBE. All rows are cold at first.
+
+    Args:
+        found: the backing TBE with its shards. It is not changed until rows are moved back.
+        slots: by dim, rows that can be hot.
+        wanted: which shards' rows may be hot; of those only that :func:`can_hold` finds able.
+
+    Raises:
+        AttachError: the TBE's weights or outputs are of a type that the overlay does not have.
+
+    Attributes:
+        tbe: the overlay TBE: the backing's features in their order, one physical table a dim.
+        space: numbers the rows that may be hot.
+        words: int32 ``[space.size]``, the slot words.
+        hits: int64 ``[features]``, look-ups of training steps that the overlay served.
+        dirty: whether slots may differ from their rows' places in the backing TBE.
+        released: whether the backing TBE has the truth of all rows.
+    """
+
+    def __init__(
+        self, found: FoundTbe, slots: Mapping[int, int], wanted: Callable[[TableShard], bool] = lambda shard: True
+    ) -> None:
+        _check(found)
+        backing = found.tbe
+        self.backing = BackingRows(backing)
+        self.shards = found.shards
+        self.device = backing.current_device
+        feature_table = list(backing.feature_table_map)
+        may_be_hot = [wanted(shard) and can_hold(found, place) for place, shard in enumerate(found.shards)]
+        self.space = RowSpace([shard.rows for shard in found.shards], may_be_hot, feature_table, self.device)
+        self.words = torch.full((self.space.size,), -1, dtype=torch.int32, device=self.device)
+        dims = sorted({found.shards[table].dim for table in feature_table})
+        sizes = {dim: slots.get(dim, 0) for dim in dims}
+        self.tbe = _overlay_tbe(backing, [(max(1, sizes[dim]), dim) for dim in dims], found.shards)
+        self.pools = []
+        tables = BackingRows(self.tbe)
+        for table, dim in enumerate(dims):
+            tensors = [tensor[: sizes[dim]] for tensor in tables.of(table)]
+            shards = tuple(i for i, shard in enumerate(found.shards) if shard.dim == dim and may_be_hot[i])
+            owner = torch.full((sizes[dim],), -1, dtype=torch.int64, device=self.device)
+            row_bytes = sum(tensor[:1].numel() * tensor.element_size() for tensor in tables.of(table))
+            self.pools.append(Pool(dim, sizes[dim], row_bytes, shards, owner, tensors))
+        self.pool_of = {place: pool for pool in self.pools for place in pool.shards}
+        self.hits = torch.zeros(len(feature_table), dtype=torch.int64, device=self.device)
+        self.dirty = False
+        self.released = False
+        self._arguments: Any = None
+
+    @property
+    def hbm_bytes(self) -> int:
+        """Bytes of fast memory taken: slots with their state, and the slot words."""
+        held = sum(tensor.numel() * tensor.element_size() for pool in self.pools for tensor in pool.tensors)
+        return held + self.words.numel() * self.words.element_size()
+
+    # --------------------------------------------------------------------------------------- which rows are hot
+
+    def hot_rows(self, place: int) -> Tensor:
+        """int64 ``[n]``, ascending, the shard's hot rows counted from its first."""
+        if not self.space.own[place]:
+            return torch.empty(0, dtype=torch.int64, device=self.device)
+        return positions_of(self._words_of(place) >= 0)
+
+    def free_slots(self, pool: Pool) -> Tensor:
+        """int64 ``[n]``, ascending, the slots of the pool that no row has."""
+        taken = pool.owner >= 0
+        taken &= self.words[pool.owner.clamp(min=0)] == torch.arange(pool.slots, device=self.device)
+        return positions_of(~taken)
+
+    def is_hot(self, place: int, rows: Tensor) -> Tensor:
+        """bool ``[n]``, which of the shard's ``rows`` (int64 ``[n]``) are hot."""
+        if not self.space.own[place]:
+            return torch.zeros_like(rows, dtype=torch.bool)
+        return self._words_of(place)[rows] >= 0
+
+    # --------------------------------------------------------------------------------------- moving rows
+
+    def demote(self, place: int, rows: Tensor) -> Tensor:
+        """Bring hot ``rows`` of a shard (int64 ``[n]``, distinct) back to the backing TBE, weights and state together.
+
+        Returns:
+            int64 ``[n]``, the slots that are free now.
+        """
+        pool, words = self.pool_of[place], self._words_of(place)
+        slots = words[rows].long()
+        if not self.released:
+            self.backing.write(place, rows, [tensor.index_select(0, slots) for tensor in pool.tensors])
+        words[rows] = -1  # from here on the backing TBE has their truth
+        pool.owner[slots] = -1
+        return slots
+
+    def promote(self, place: int, rows: Tensor, slots: Tensor) -> None:
+        """Give cold ``rows`` of a shard (int64 ``[n]``, distinct) free ``slots`` of its pool (int64 ``[n]``)."""
+        pool = self.pool_of[place]
+        if not self.released:
+            _fill(pool, slots, self.backing.take(place, rows))
+        pool.owner[slots] = rows + self.space.begins[place]
+        self._words_of(place)[rows] = slots.int()  # from here on the overlay has their truth
+
+    def release(self) -> None:
+        """Let the backing TBE have the truth of every row, until :meth:`hold`."""
+        if self.released:
+            return
+        if self.dirty:
+            for pool, place, rows, slots in self._chunks():
+                values = [tensor.index_select(0, slots) for tensor in pool.tensors]
+                self.backing.write(place, rows, values)
+        self.dirty, self.released = False, True
+
+    def hold(self) -> None:
+        """Let the overlay have the truth of the hot rows again, read from the backing TBE as they are there now."""
+        if not self.released:
+            return
+        for pool, place, rows, slots in self._chunks():
+            _fill(pool, slots, self.backing.take(place, rows))
+        self.released = False
+
+    def _chunks(self) -> Iterator[tuple[Pool, int, Tensor, Tensor]]:
+        """All hot rows in bounded parts: their pool, shard, rows and slots."""
+        for pool in self.pools:
+            for place in pool.shards:
+                hot = self.hot_rows(place)
+                slots = self._words_of(place)[hot].long()
+                size = max(1, _CHUNK_BYTES // pool.row_bytes)
+                for begin in range(0, hot.numel(), size):
+                    yield pool, place, hot[begin : begin + size], slots[begin : begin + size]
+
+    def _words_of(self, place: int) -> Tensor:
+        begin = self.space.begins[place]
+        return self.words[begin : begin + self.shards[place].rows]
+
+    # --------------------------------------------------------------------------------------- reading rows
+
+    def look(self, place: int, rows: Tensor, which: int) -> Tensor:
+        """``[n, ...]``, current weights (``which`` 0) or a state of a shard's ``rows`` (int64 ``[n]``): a copy."""
+        values = self.backing.look(place, rows, which)
+        if not self.space.own[place] or self.released:
+            return values
+        slots = self._words_of(place)[rows].long()
+        hot = positions_of(slots >= 0)
+        values[hot] = self.pool_of[place].tensors[which].index_select(0, slots[hot])
+        return values
+
+    # --------------------------------------------------------------------------------------- one forward
+
+    def follow(self) -> None:
+        """Take over what the backing TBE was told since: learning rate, hyper-parameters, step, mode.
+
+        Call after the backing TBE's own forward, which counts the step.
+        """
+        backing, mine = self.backing.tbe, self.tbe
+        mine.learning_rate_tensor = backing.learning_rate_tensor
+        if backing.optimizer_args is not self._arguments:  # a new tuple with every change
+            self._arguments = backing.optimizer_args
+            mine.optimizer_args = backing.optimizer_args._replace(total_hash_size=mine.total_hash_size)
+        mine.training = backing.training
+        if hasattr(backing, "iter_cpu"):
+            # Its own forward adds one; where that starts from 0, FBGEMM asks `iter` whether it was loaded.
+            mine.iter_cpu = backing.iter_cpu.cpu() - 1
+            if int(mine.iter_cpu) == 0:
+                mine.iter.zero_()
+
+
+def _fill(pool: Pool, slots: Tensor, values: list[Tensor]) -> None:
+    for mine, theirs in zip(pool.tensors, values, strict=True):
+        mine.index_copy_(0, slots, theirs)
+
+
+def _check(found: FoundTbe) -> None:
+    tbe = found.tbe
+    tables = ", ".join(sorted({shard.table for shard in found.shards}))
+    if tbe.weights_precision not in _WEIGHTS:
+        raise AttachError(
+            f"table(s) {tables}: weights of {tbe.weights_precision} carry their scale in the row, which an overlay "
+            "does not; use FP32, FP16 or BF16, or leave these tables out of the placement"
+        )
+    if SparseType.from_int(tbe.output_dtype) not in _WEIGHTS:
+        raise AttachError(
+            f"table(s) {tables}: outputs of {SparseType.from_int(tbe.output_dtype)} cannot be added up; use FP32, FP16 "
+            "or BF16, or leave these tables out of the placement"
+        )
+
+
+def _overlay_tbe(backing: TBE, tables: list[tuple[int, int]], shards: tuple[TableShard, ...]) -> TBE:
+    """A TBE in fast memory with ``tables`` (rows, dim), and the features and optimizer of the backing one."""
+    on_cpu = backing.use_cpu
+    location = EmbeddingLocation.HOST if on_cpu else EmbeddingLocation.DEVICE
+    compute = ComputeDevice.CPU if on_cpu else ComputeDevice.CUDA
+    dims = [dim for _, dim in tables]
+    feature_table = [dims.index(shards[table].dim) for table in backing.feature_table_map]
+    more: dict[str, Any] = {}
+    if backing.use_rowwise_bias_correction:
+        more["extra_optimizer_config"] = UserEnabledConfigDefinition(use_rowwise_bias_correction=True)
+    state_types = {
+        f"momentum{i + 1}": SparseType.from_dtype(state.dtype)
+        for i, state in enumerate(BackingRows(backing).of(0)[1:])
+        if backing.optimizer == EmbOptimType.PARTIAL_ROWWISE_ADAM
+    }
+    tbe = SplitTableBatchedEmbeddingBagsCodegen(
+        [(rows, dim, location, compute) for rows, dim in tables],
+        feature_table_map=feature_table,
+        optimizer=backing.optimizer,
+        weight_decay_mode=backing.weight_decay_mode,
+        optimizer_state_dtypes=state_types or None,
+        weights_precision=backing.weights_precision,
+        output_dtype=SparseType.from_int(backing.output_dtype),
+        pooling_mode=PoolingMode(backing.pooling_mode),
+        bounds_check_mode=BoundsCheckMode.NONE,  # slots are ours
+        device=backing.current_device,
+        **more,
+    )
+    _number_by_run(tbe, tables, feature_table)
+    return tbe
+
+
+def _number_by_run(tbe: TBE, tables: list[tuple[int, int]], feature_table: list[int]) -> None:
+    """Let the features of one table stand apart from each other, which FBGEMM's CPU backward does not expect.
+
+    It numbers the rows of a batch by ``hash_size_cumsum``, which has to ascend with the features. No slot is looked up
+    by features of two backing tables, so each run of features may number the slots that it shares for itself.
+    """
+    if feature_table == sorted(feature_table):
+        return
+    begins, total = [0], tables[feature_table[0]][0]
+    for before, table in pairwise(feature_table):
+        begins.append(begins[-1] if table == before else total)
+        total += 0 if table == before else tables[table][0]
+    tbe.hash_size_cumsum.copy_(torch.tensor([*begins, total]))
+    tbe.total_hash_size = total
+    tbe.total_hash_size_bits = int(log2(total) + 1)
