@@ -235,7 +235,10 @@ def test_state_counted_in_another_way_changes_nothing() -> None:
     short["access"]["shards"][".table_1@0:0"]["sketch.counts"] = torch.zeros(3, dtype=torch.int64)
     for state, message in (
         (other, r"another configuration: \['half_life', 'sketch_tables'\] differ. Use the same AccessConfig"),
-        ({"version": 1, "staleness": good["staleness"]}, "version 1, which has no access counts; this release reads"),
+        (
+            {"version": 1, "staleness": good["staleness"]},
+            "version 1, which does not say which rows are hot; this release",
+        ),
         *((state, rf"\.table_1@0:0: .*lacks \['{name}'\]") for name, state in broken.items()),
         (wrong, r"table_1@0:0: the saved state has sketch\.counts of torch\.float32 \(3,\)"),
         (short, r"table_1@0:0: the saved sketch has not a count for every row"),

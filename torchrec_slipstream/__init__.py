@@ -5,7 +5,7 @@ left to gain. (Elsewhere "stale" often means untouched for long; ours is the opp
 """
 
 from torchrec_slipstream.access import AccessProfile, TableAccess
-from torchrec_slipstream.config import AccessConfig, SlipstreamConfig, StalenessConfig
+from torchrec_slipstream.config import AccessConfig, PlacementConfig, SlipstreamConfig, StalenessConfig
 from torchrec_slipstream.errors import (
     AttachError,
     ConfigError,
@@ -16,6 +16,7 @@ from torchrec_slipstream.errors import (
     StateError,
 )
 from torchrec_slipstream.placement import Placement, SlipstreamPlanner, SlipstreamStats
+from torchrec_slipstream.report.placement import PlacementReport
 from torchrec_slipstream.report.report import Report, TableReport
 from torchrec_slipstream.session import Slipstream
 
@@ -26,6 +27,8 @@ __all__ = [
     "ConfigError",
     "LookupRangeError",
     "Placement",
+    "PlacementConfig",
+    "PlacementReport",
     "PlanError",
     "ProfileError",
     "Report",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torchrec_slipstream.budget import parse_bytes
 from torchrec_slipstream.errors import ConfigError
 
 SIGNALS = ("auto", "gain", "movement", "drift")
@@ -173,6 +174,73 @@ class AccessConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlacementConfig:
+    """Which rows are hot, and when that changes. For tables in host memory; nothing here concerns those in HBM.
+
+    Raises:
+        ConfigError: a value is out of its range; the message names the field, the value and the range.
+    """
+
+    hbm_budget: int | str | None = None
+    """Fast memory a rank for hot rows with their optimizer state, and 4 bytes for every row that could be hot: bytes,
+    or a string such as ``"8GiB"``. All rows are cold at first, and the first re-plan finds the hot ones. None: hot rows
+    are those of the session's ``placement``, and so is their memory; without one, there are none. A CPU has no faster
+    memory than its own: there a budget only serves to try things out."""
+
+    replan_every: int = 0
+    """Steps between two looks at the access counts, to move rows that have become hot or cold; 0: never. Counts are
+    needed (``AccessConfig.counter`` "exact" or "sampled")."""
+
+    min_gain: float = 0.001
+    """Least gain in hit rate, as a share of all look-ups, that a re-plan must promise before rows are moved at all, in
+    ``[0, 1]``."""
+
+    move_cost: float = 4.0
+    """What moving a row costs, in look-ups of a cold row. A row becomes hot in another's place only if it promises so
+    many more look-ups until the next re-plan: this keeps rows of almost equal traffic from changing places for ever. A
+    swap crosses the bus with two rows and their state, a cold look-up in training with one row, there and back."""
+
+    min_age: int = 1
+    """Re-plans that a row which became hot stays so, whatever its traffic; at least 1: it may go at the next."""
+
+    max_stall_share: float | None = 0.01
+    """Largest share of run time that moving rows may take, in ``(0, 1]``, by the measured cost of a byte: a re-plan
+    moves the rows of most gain first and leaves the others to the next. None: no limit, and runs repeat exactly, since
+    no clock has a say."""
+
+    chunk_bytes: int | str = "16MiB"
+    """Rows are moved in parts of so many bytes, which bounds the memory that a move takes besides."""
+
+    record_every: int = 50
+    """Steps between two points of the report's hit rate over time; at least 1."""
+
+    def __post_init__(self) -> None:
+        for name in ("hbm_budget", "chunk_bytes"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, parse_bytes(value))
+        _within("replan_every", self.replan_every, 0)
+        _within("min_gain", self.min_gain, 0.0, 1.0)
+        _within("min_age", self.min_age, 1)
+        _within("record_every", self.record_every, 1)
+        if isinstance(self.move_cost, bool) or not 0.0 <= self.move_cost < float("inf"):
+            raise ConfigError(f"move_cost={self.move_cost!r} must be a number of at least 0")
+        if self.max_stall_share is not None:
+            _within("max_stall_share", self.max_stall_share, 0.0, 1.0)
+            if self.max_stall_share == 0.0:
+                raise ConfigError(
+                    "max_stall_share=0 lets no row move; set replan_every=0 to move none, or None: no limit"
+                )
+        if self.chunk_bytes == 0:
+            raise ConfigError("chunk_bytes=0 moves nothing; give the bytes of some rows at least, such as '16MiB'")
+        if self.hbm_budget is not None and self.replan_every == 0:
+            raise ConfigError(
+                f"hbm_budget={self.hbm_budget} without replan_every: no row would ever become hot. Give replan_every, "
+                "or give the session a placement instead of a budget"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SlipstreamConfig:
     """Configuration of a session: one part a room."""
 
@@ -182,7 +250,15 @@ class SlipstreamConfig:
     access: AccessConfig = field(default_factory=AccessConfig)
     """How look-ups are counted."""
 
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    """Which rows are hot, and when that changes."""
+
     def __post_init__(self) -> None:
+        if self.placement.replan_every and self.access.counter in ("sketch", "off"):
+            raise ConfigError(
+                f"replan_every={self.placement.replan_every} needs every row's access count, which "
+                f"counter={self.access.counter!r} does not give; use counter='sampled' or 'exact'"
+            )
         if self.access.counter in ("sketch", "off") and self.staleness.target_share > 0.0:
             raise ConfigError(
                 f"counter={self.access.counter!r} does not count every row's look-ups, by which "

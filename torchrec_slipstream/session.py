@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any, overload
+from functools import reduce
+from typing import Any, Protocol, overload
 
 import torch
 import torch.distributed as dist
@@ -14,11 +15,21 @@ from torchrec_slipstream.access.live import LiveCounts, has_row_counts
 from torchrec_slipstream.access.merging import Ranks, merge
 from torchrec_slipstream.config import SlipstreamConfig
 from torchrec_slipstream.errors import AttachError, ProfileError, StateError
+from torchrec_slipstream.placement import Placement
+from torchrec_slipstream.placement.hot_rows import HotRows
+from torchrec_slipstream.placement.slots import planned_overlay_bytes
+from torchrec_slipstream.report.placement import HitPoint, PlacementReport, Replan, TableHits
 from torchrec_slipstream.report.report import Report, TableReport
 from torchrec_slipstream.staleness.tracker import StalenessTracker
 from torchrec_slipstream.tbe import UpdateFilter, find_tbes, process_group_of
 
-STATE_VERSION = 2
+STATE_VERSION = 3
+
+
+class ScalarWriter(Protocol):
+    """What of TensorBoard's ``SummaryWriter`` is used."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object: ...
 
 
 class Slipstream:
@@ -29,13 +40,20 @@ class Slipstream:
         model: a ``DistributedModelParallel`` model, or any module tree that contains FBGEMM TBEs. Several embedding
             collections are fine. Its parameters, state_dict keys and fused optimizer stay exactly TorchRec's.
         config: the knobs; the defaults leave out half of the look-ups' updates after 100 steps.
+        placement: which rows are hot at first, as a :class:`SlipstreamPlanner` with ``backing="uvm"`` planned them
+            together with the model's sharding (``planner.placement``). They get fast memory in an overlay, with their
+            optimizer state; checkpoints do not know. None: no rows, or those that re-plans find
+            (:class:`PlacementConfig`).
+        writer: gets scalars of this rank while it trains: TensorBoard's ``SummaryWriter``, or anything with its
+            ``add_scalar(tag, value, step)``.
         process_group: whose ranks agree on what is stale; default: the model's own if it is a
             ``DistributedModelParallel``, else the default group, else this process alone. All its ranks must
             attach, and call :meth:`step`, alike.
 
     Raises:
         AttachError: the model has no TBE, or one that cannot be filtered, or is attached already; or a table is to be
-            counted by a sketch and datasketches is not installed. Nothing changed.
+            counted by a sketch and datasketches is not installed; or the placement is of another model. Nothing
+            changed.
 
     Example::
 
@@ -52,6 +70,8 @@ class Slipstream:
         model: nn.Module,
         config: SlipstreamConfig | None = None,
         *,
+        placement: Placement | None = None,
+        writer: ScalarWriter | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.config = config if config is not None else SlipstreamConfig()
@@ -68,8 +88,19 @@ class Slipstream:
         self._tracker = StalenessTracker(
             self._filters, staleness, self._total, self._group_device(), scale=access.scale
         )
+        self._hot = HotRows(
+            self._filters,
+            self.config.placement,
+            placement,
+            rank=dist.get_rank(self._group) if self._group is not None else 0,
+            scale=access.scale,
+            total=self._total,
+            group_device=self._group_device(),
+        )
+        self._writer = writer
         self._began = time.perf_counter()
         self._attached = True
+        self._hot.attach()
         for one in self._filters:
             one.attach()
 
@@ -84,13 +115,31 @@ class Slipstream:
         if not self._attached:
             raise AttachError("this session was detached; attach a new Slipstream to go on")
         self._tracker.step()
-        self._counts.step(self._tracker.steps)
+        steps = self._tracker.steps
+        self._counts.step(steps)
+        self._hot.step(steps)
+        if self._writer is not None and steps % self.config.placement.record_every == 0:
+            self._write_scalars(self._writer, steps)
 
     def detach(self) -> None:
-        """Make the model stock again: from the next forward on, every row is updated. May be called twice."""
+        """Make the model stock again: every row is where it was, and from the next forward on updated.
+
+        Call between two steps: a backward that is still to come may not find its hot rows. May be called twice.
+        """
         for one in self._filters:
             one.detach()
+        self._hot.detach()
         self._attached = False
+
+    def _write_scalars(self, writer: ScalarWriter, steps: int) -> None:
+        lookups = sum(int(one.lookups.sum()) for one in self._filters)
+        skipped = sum(int(one.skipped.sum()) for one in self._filters)
+        writer.add_scalar("slipstream/skipped_share", skipped / max(1, lookups), steps)
+        if (rate := self._hot.last_hit_rate()) is not None:
+            writer.add_scalar("slipstream/hit_rate", rate[1], rate[0])
+        moved = sum(one.demoted + one.promoted for one in self._hot.replans)
+        writer.add_scalar("slipstream/moved_rows", moved, steps)
+        writer.add_scalar("slipstream/stall_seconds", sum(one.seconds for one in self._hot.replans), steps)
 
     def report(self) -> Report:
         """What happened so far, over all ranks (a collective call: every rank must make it)."""
@@ -122,6 +171,30 @@ class Slipstream:
             tracker_seconds=tracker.seconds,
             target_share=self.config.staleness.target_share,
             decisions=list(tracker.decisions),
+            placement=self._placement_report(elapsed),
+        )
+
+    def _placement_report(self, elapsed: float) -> PlacementReport | None:
+        hot = self._hot
+        mine = (hot.tables(), hot.points(), hot.replans, hot.hbm_bytes)
+        parts = self._gather(mine)
+        if not any(held for *_, held in parts):
+            return None
+        tables: dict[str, TableHits] = {}
+        for part, *_ in parts:
+            for name, table in part.items():
+                tables[name] = tables[name] + table if name in tables else table
+        planned = hot.placement
+        return PlacementReport(
+            tables=dict(sorted(tables.items())),
+            points=[reduce(HitPoint.__add__, same) for same in zip(*(points for _, points, *_ in parts), strict=True)],
+            replans=[reduce(Replan.__add__, same) for same in zip(*(plans for _, _, plans, _ in parts), strict=True)],
+            hbm_bytes=sum(held for *_, held in parts),
+            predicted_bytes=planned_overlay_bytes(planned) if planned is not None else None,
+            predicted_hit_rate=planned.hit_rate if planned is not None else None,
+            predicted_ms=planned.expected_ms if planned is not None else None,
+            step_ms=1e3 * elapsed / max(1, self._tracker.steps),
+            seconds=elapsed,
         )
 
     @overload
@@ -167,6 +240,7 @@ class Slipstream:
             "version": STATE_VERSION,
             "staleness": self._tracker.state_dict(),
             "access": self._counts.state_dict(),
+            "placement": self._hot.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -176,19 +250,22 @@ class Slipstream:
             StateError: it belongs to another version, model, sharding or configuration. Nothing was changed.
         """
         version = state.get("version") if isinstance(state, dict) else None
-        if version == 1:
+        if version in range(1, STATE_VERSION):
             raise StateError(
-                "this is a Slipstream state of version 1, which has no access counts; this release reads version "
-                f"{STATE_VERSION}. Start without it: the model's checkpoint is complete, rows are tracked afresh."
+                f"this is a Slipstream state of version {version}, which does not say which rows are hot; this release "
+                f"reads version {STATE_VERSION}. Start without it: the model's checkpoint is complete, and rows are "
+                "tracked afresh."
             )
-        if version != STATE_VERSION or not {"staleness", "access"} <= state.keys():
+        if version != STATE_VERSION or not {"staleness", "access", "placement"} <= state.keys():
             raise StateError(f"not a Slipstream state of version {STATE_VERSION} (version={version!r})")
         self._counts.check_config(state["access"])
         self._tracker.check(state["staleness"])
         self._counts.check(state["access"])
+        self._hot.check(state["placement"])
         self._tracker.load_state_dict(state["staleness"])
         self._counts.load_state_dict(state["access"])
         self._counts.prepare(self._tracker.steps)
+        self._hot.load_state_dict(state["placement"])
 
     # ------------------------------------------------------------------------------------------- over ranks
 
@@ -202,13 +279,17 @@ class Slipstream:
             dist.all_reduce(values, group=self._group)
         return values
 
-    def _sum_tables(self, tables: dict[str, TableReport]) -> dict[str, TableReport]:
+    def _gather(self, mine: Any) -> list[Any]:
+        """Every rank's, by rank."""
         if self._group is None or dist.get_world_size(self._group) == 1:
-            return tables
+            return [mine]
         gathered: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(gathered, tables, group=self._group)
+        dist.all_gather_object(gathered, mine, group=self._group)
+        return gathered
+
+    def _sum_tables(self, tables: dict[str, TableReport]) -> dict[str, TableReport]:
         summed: dict[str, TableReport] = {}
-        for part in gathered:
+        for part in self._gather(tables):
             for name, table in part.items():
                 summed[name] = summed[name] + table if name in summed else table
         return summed

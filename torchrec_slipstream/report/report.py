@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from torchrec_slipstream.report.placement import PlacementReport
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -52,6 +54,8 @@ class TableReport:
 class Report:
     """What a session did. ``str()`` is a table for people, :meth:`to_dict` the same for programs.
 
+    ``placement`` is what became of the hot rows; None where none had an overlay.
+
     ``seconds`` is wall time since attach, ``tracker_seconds`` the part of it spent in decisions (snapshots, counts,
     search and collectives; on this rank).
     """
@@ -62,6 +66,7 @@ class Report:
     tracker_seconds: float
     target_share: float
     decisions: list[Decision] = field(repr=False)
+    placement: PlacementReport | None = field(default=None, repr=False)
 
     @property
     def total(self) -> TableReport:
@@ -97,6 +102,7 @@ class Report:
             "refreeze_rate": self.refreeze_rate,
             "tables": {name: asdict(t) | {"skipped_share": t.skipped_share} for name, t in self.tables.items()},
             "decisions": [asdict(d) for d in self.decisions],
+            "placement": self.placement.to_dict() if self.placement is not None else None,
         }
 
     @staticmethod
@@ -106,6 +112,7 @@ class Report:
         return Report(
             tables={key: TableReport(**{n: table[n] for n in names}) for key, table in values["tables"].items()},
             decisions=[Decision(**decision) for decision in values["decisions"]],
+            placement=PlacementReport.from_dict(values["placement"]) if values.get("placement") else None,
             **{name: values[name] for name in ("steps", "seconds", "tracker_seconds", "target_share")},
         )
 
@@ -129,4 +136,6 @@ class Report:
             f"tracker: {self.tracker_seconds:.2f} s of {self.seconds:.2f} s "
             f"({self.tracker_seconds / max(self.seconds, 1e-9):.1%}), {len(self.decisions)} decisions"
         )
+        if self.placement is not None:
+            lines += ["", "hot rows", str(self.placement)]
         return "\n".join(lines)

@@ -38,6 +38,7 @@ class TrackedTbe:
         self.excluded = [shard.table in config.exclude_tables or not shard.counted for shard in shards]
         self.table_rate = torch.zeros(len(shards), dtype=torch.float64, device=device)
         self._table_seen = torch.zeros(len(shards), dtype=torch.int64, device=device)
+        update_filter.followers.append(self._follow_lowering)
         self._feature_table = torch.tensor(update_filter.feature_table, dtype=torch.int64, device=device)
 
     def observe(self, intervals: int) -> None:
@@ -82,12 +83,9 @@ class TrackedTbe:
             rows = rows[most.sort().values]
         return rows
 
-    def follow_lowering(self) -> None:
-        """Let the touches be kept within int32, and the pool's own with them. Call between two steps."""
-        rows, taken = self.filter.counts.lower_high()
-        if rows.numel():
-            lowered = torch.isin(self.pool.rows, rows)
-            self.pool.seen[lowered] -= taken[torch.searchsorted(rows, self.pool.rows[lowered])]
+    def _follow_lowering(self, rows: Tensor, taken: Tensor) -> None:
+        lowered = torch.isin(self.pool.rows, rows)
+        self.pool.seen[lowered] -= taken[torch.searchsorted(rows, self.pool.rows[lowered])]
 
     def _score(self, signal: Signal, new_updates: Tensor) -> None:
         """Bring every row's signal up to date, and take the snapshots for the next."""

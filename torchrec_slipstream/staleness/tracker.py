@@ -75,8 +75,8 @@ class StalenessTracker:
         """Call after every training step. At the end of an interval it decides."""
         began = time.perf_counter()
         self.steps += 1
-        for tbe in self._tbes:
-            tbe.follow_lowering()
+        for one in self.filters:
+            one.lower_high()
         if self.steps % self.config.interval == 0:
             self._decide()
             self.seconds += time.perf_counter() - began

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -48,10 +49,12 @@ class LookupCounter:
         sketches: the same for the rows of shards that share a slot, by the shard's place; none at first.
         samples: float64 ``[features]``, bags of each feature in the counted steps.
         lookups: int64 ``[features]``, look-ups in all training steps, counted or not.
+        followers: called with rows (int64 ``[n]``, slots) and what was taken off their touches (int32 ``[n]``).
     """
 
     def __init__(self, found: FoundTbe, *, fades: bool = False) -> None:
         tbe = found.tbe
+        self.found = found
         self.tbe = tbe
         self.shards = found.shards
         self.device = tbe.current_device
@@ -62,6 +65,7 @@ class LookupCounter:
         self.feature_table: list[int] = list(tbe.feature_table_map)
         self.samples = torch.zeros(len(self.feature_table), dtype=torch.float64)
         self.lookups = torch.zeros(len(self.feature_table), dtype=torch.int64, device=self.device)
+        self.followers: list[Callable[[Tensor, Tensor], None]] = []
         self.space = RowSpace(
             [shard.rows for shard in found.shards],
             [shard.counted for shard in found.shards],
@@ -73,6 +77,13 @@ class LookupCounter:
     def touches(self) -> Tensor:
         """int32 ``[slots]``, look-ups of every slot in counted steps; only differences of them mean something."""
         return self.counts.touches
+
+    def lower_high(self) -> None:
+        """Keep the touches within int32, and tell whoever holds differences of them. Call between two steps."""
+        rows, taken = self.counts.lower_high()
+        if rows.numel():
+            for follow in self.followers:
+                follow(rows, taken)
 
     @property
     def element_size(self) -> int:

@@ -15,6 +15,8 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding_kernel import BaseEmbedding
+from torchrec.optim.fused import FusedOptimizerModule
+from torchrec.optim.keyed import KeyedOptimizer
 
 from torchrec_slipstream.errors import AttachError
 
@@ -64,10 +66,16 @@ class TableShard:
 
 @dataclass(frozen=True)
 class FoundTbe:
-    """A TBE of the model with the shards that it holds, in its own order of tables."""
+    """A TBE of the model with the shards that it holds, in its own order of tables.
+
+    ``owner`` is the sharded collection that it is part of and ``optimizer`` its fused optimizer; None of a TBE that
+    TorchRec did not build.
+    """
 
     tbe: TBE
     shards: tuple[TableShard, ...]
+    owner: nn.Module | None = None
+    optimizer: KeyedOptimizer | None = None
 
     def counting(self, wanted: Callable[[TableShard], bool]) -> FoundTbe:
         """The same with slots only for the rows of shards that are ``wanted``; the others have one slot each."""
@@ -75,7 +83,7 @@ class FoundTbe:
         for shard in self.shards:
             shards.append(replace(shard, row_begin=begin, counted=wanted(shard)))
             begin = shards[-1].slots.stop
-        return FoundTbe(self.tbe, tuple(shards))
+        return replace(self, shards=tuple(shards))
 
 
 def find_tbes(
@@ -96,13 +104,19 @@ def find_tbes(
     problems: list[str] = []
     names: set[str] = set()
     owned: set[int] = set()
+    collections: dict[str, nn.Module] = {}
     root = model.module if isinstance(model, DistributedModelParallel) else model
     for path, module in _walk(root, "", set()):
+        owner, optimizer = None, None
         # A sharded collection's plan names its tables on all ranks; the look-ups here hold this rank's only.
-        names |= set(getattr(module, "module_sharding_plan", ()))
+        if (plan := getattr(module, "module_sharding_plan", None)) is not None:
+            names |= set(plan)
+            collections[path] = module
         if isinstance(module, BaseEmbedding) and hasattr(module, "emb_module"):
             tbe, shards = module.emb_module, _kernel_shards(module, path)
             owned.add(id(tbe))
+            owner = collections.get(_collection_of(path))
+            optimizer = module.fused_optimizer if isinstance(module, FusedOptimizerModule) else None
         elif (
             isinstance(module, (SplitTableBatchedEmbeddingBagsCodegen, DenseTableBatchedEmbeddingBagsCodegen))
             and id(module) not in owned
@@ -118,7 +132,7 @@ def find_tbes(
         if why is not None:
             problems.append(f"table(s) {', '.join(sorted(tables))}: {why}")
         else:
-            found.append(FoundTbe(tbe, shards))
+            found.append(FoundTbe(tbe, shards, owner, optimizer))
     for option, given in (("exclude_tables", exclude_tables), ("sketch_tables", sketch_tables)):
         if unknown := given - names:
             problems.append(f"{option} names {sorted(unknown)}, which the model does not have; it has {sorted(names)}")
@@ -164,6 +178,11 @@ def _walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, n
         yield from _walk(child, f"{path}.{name}" if path else name, seen)
 
 
+def _collection_of(path: str) -> str:
+    """Of the path of a kernel, that of the sharded collection it is part of."""
+    return path.split("._lookups")[0].split("._emb_modules")[0]
+
+
 def _kernel_shards(kernel: BaseEmbedding, path: str) -> tuple[TableShard, ...]:
     """Shards of a TorchRec kernel (``BatchedFusedEmbeddingBag`` and its kin), from its sharding metadata."""
     shards, begin = [], 0
@@ -172,7 +191,7 @@ def _kernel_shards(kernel: BaseEmbedding, path: str) -> tuple[TableShard, ...]:
         shards.append(
             TableShard(
                 table=table.name,
-                collection=path.split("._lookups")[0].split("._emb_modules")[0],
+                collection=_collection_of(path),
                 rows=table.local_rows,
                 dim=table.local_cols,
                 row_begin=begin,

@@ -67,6 +67,11 @@ def can_hold(found: FoundTbe, place: int) -> bool:
     return found.tbe.embedding_specs[place][2] != EmbeddingLocation.DEVICE and found.shards[place].rows > 0
 
 
+def row_bytes_of(tbe: TBE, table: int) -> int:
+    """Bytes of one row of a TBE's table, with its optimizer state."""
+    return sum(tensor[:1].numel() * tensor.element_size() for tensor in BackingRows(tbe).of(table))
+
+
 class Overlay:
     """The overlay of one backing TBE. All rows are cold at first.
 
@@ -108,12 +113,12 @@ class Overlay:
             tensors = [tensor[: sizes[dim]] for tensor in tables.of(table)]
             shards = tuple(i for i, shard in enumerate(found.shards) if shard.dim == dim and may_be_hot[i])
             owner = torch.full((sizes[dim],), -1, dtype=torch.int64, device=self.device)
-            row_bytes = sum(tensor[:1].numel() * tensor.element_size() for tensor in tables.of(table))
-            self.pools.append(Pool(dim, sizes[dim], row_bytes, shards, owner, tensors))
+            self.pools.append(Pool(dim, sizes[dim], row_bytes_of(self.tbe, table), shards, owner, tensors))
         self.pool_of = {place: pool for pool in self.pools for place in pool.shards}
         self.hits = torch.zeros(len(feature_table), dtype=torch.int64, device=self.device)
         self.dirty = False
         self.released = False
+        self._moves = 0
         self._arguments: Any = None
 
     @property
@@ -126,23 +131,54 @@ class Overlay:
 
     def hot_rows(self, place: int) -> Tensor:
         """int64 ``[n]``, ascending, the shard's hot rows counted from its first."""
-        if not self.space.own[place]:
-            return torch.empty(0, dtype=torch.int64, device=self.device)
-        return positions_of(self._words_of(place) >= 0)
+        for pool in self.pools:
+            if place in pool.shards:
+                return dict(self.by_shard(pool, positions_of(self.taken(pool))))[place]
+        return torch.empty(0, dtype=torch.int64, device=self.device)
 
-    def free_slots(self, pool: Pool) -> Tensor:
-        """int64 ``[n]``, ascending, the slots of the pool that no row has."""
-        taken = pool.owner >= 0
-        taken &= self.words[pool.owner.clamp(min=0)] == torch.arange(pool.slots, device=self.device)
-        return positions_of(~taken)
+    def taken(self, pool: Pool) -> Tensor:
+        """bool ``[slots]``, which slots of the pool a row has."""
+        has = self.words[pool.owner.clamp(min=0)] == torch.arange(pool.slots, device=self.device)
+        return has.logical_and_(pool.owner >= 0)
 
-    def is_hot(self, place: int, rows: Tensor) -> Tensor:
-        """bool ``[n]``, which of the shard's ``rows`` (int64 ``[n]``) are hot."""
+    def by_shard(self, pool: Pool, slots: Tensor) -> list[tuple[int, Tensor]]:
+        """The rows (int64, local, ascending) that have the taken ``slots`` of a pool, for each of its shards."""
+        numbers = pool.owner[slots].sort().values
+        begins = [self.space.begins[place] for place in pool.shards]
+        ends = torch.searchsorted(numbers, torch.tensor(begins[1:], device=self.device)).tolist()
+        parts = numbers.tensor_split(ends)
+        return [(place, part - begin) for place, begin, part in zip(pool.shards, begins, parts, strict=True)]
+
+    def slots_of(self, place: int, rows: Tensor) -> Tensor:
+        """int64 ``[n]``, the slots of a shard's ``rows`` (int64 ``[n]``), -1 where they are cold."""
         if not self.space.own[place]:
-            return torch.zeros_like(rows, dtype=torch.bool)
-        return self._words_of(place)[rows] >= 0
+            return torch.full_like(rows, -1)
+        return self._words_of(place).index_select(0, rows).long()
 
     # --------------------------------------------------------------------------------------- moving rows
+
+    def wait_for_prefetch(self) -> None:
+        """Let a prefetch of coming batches that runs beside end first. Call before rows are moved."""
+        stream = self.backing.tbe.prefetch_stream
+        if stream is not None:
+            torch.cuda.current_stream().wait_stream(stream)
+
+    def before_backward(self) -> Callable[[Tensor], Tensor]:
+        """What has to run before the backward of a forward made now, on the gradient, which it returns."""
+        moves = self._moves
+
+        def ready(gradient: Tensor) -> Tensor:
+            if self._moves != moves:
+                raise RuntimeError(
+                    "rows of a table with an overlay were moved between a forward and its backward, which would update "
+                    "them where they no longer are. Nothing was updated. Call step() after the backward of every "
+                    "forward, and detach() after the last"
+                )
+            self.hold()  # a checkpoint may have been taken since
+            self.dirty = True
+            return gradient
+
+        return ready
 
     def demote(self, place: int, rows: Tensor) -> Tensor:
         """Bring hot ``rows`` of a shard (int64 ``[n]``, distinct) back to the backing TBE, weights and state together.
@@ -150,24 +186,29 @@ class Overlay:
         Returns:
             int64 ``[n]``, the slots that are free now.
         """
-        pool, words = self.pool_of[place], self._words_of(place)
-        slots = words[rows].long()
+        pool, slots = self.pool_of[place], self.slots_of(place, rows)
+        self._moves += 1
         if not self.released:
             self.backing.write(place, rows, [tensor.index_select(0, slots) for tensor in pool.tensors])
-        words[rows] = -1  # from here on the backing TBE has their truth
+        self._words_of(place)[rows] = -1  # from here on the backing TBE has their truth
         pool.owner[slots] = -1
         return slots
 
     def promote(self, place: int, rows: Tensor, slots: Tensor) -> None:
         """Give cold ``rows`` of a shard (int64 ``[n]``, distinct) free ``slots`` of its pool (int64 ``[n]``)."""
         pool = self.pool_of[place]
+        self._moves += 1
         if not self.released:
             _fill(pool, slots, self.backing.take(place, rows))
         pool.owner[slots] = rows + self.space.begins[place]
         self._words_of(place)[rows] = slots.int()  # from here on the overlay has their truth
 
-    def release(self) -> None:
-        """Let the backing TBE have the truth of every row, until :meth:`hold`."""
+    def release(self, *, for_good: bool = False) -> None:
+        """Let the backing TBE have the truth of every row, until :meth:`hold`.
+
+        ``for_good``: backwards that are still to come are refused, since nobody would hold the rows again after them.
+        """
+        self._moves += for_good
         if self.released:
             return
         if self.dirty:
@@ -187,8 +228,7 @@ class Overlay:
     def _chunks(self) -> Iterator[tuple[Pool, int, Tensor, Tensor]]:
         """All hot rows in bounded parts: their pool, shard, rows and slots."""
         for pool in self.pools:
-            for place in pool.shards:
-                hot = self.hot_rows(place)
+            for place, hot in self.by_shard(pool, positions_of(self.taken(pool))):
                 slots = self._words_of(place)[hot].long()
                 size = max(1, _CHUNK_BYTES // pool.row_bytes)
                 for begin in range(0, hot.numel(), size):
@@ -203,9 +243,9 @@ class Overlay:
     def look(self, place: int, rows: Tensor, which: int) -> Tensor:
         """``[n, ...]``, current weights (``which`` 0) or a state of a shard's ``rows`` (int64 ``[n]``): a copy."""
         values = self.backing.look(place, rows, which)
-        if not self.space.own[place] or self.released:
+        if self.released:
             return values
-        slots = self._words_of(place)[rows].long()
+        slots = self.slots_of(place, rows)
         hot = positions_of(slots >= 0)
         values[hot] = self.pool_of[place].tensors[which].index_select(0, slots[hot])
         return values

@@ -1,0 +1,199 @@
+"""What each row will be worth until the next re-plan, and which rows are hot then.
+
+A forecast is made from live access counts alone, in two stages, and both are learnt while the run goes on: whenever a
+window has been counted, what had been forecast for it is held against what came.
+
+1. A row's rate (look-ups a step) is a mixture of its recent rate, which fades by half in 1.5 windows, and its lasting
+   one, which takes 32. How much of each, every table learns by least squares: the recent one counts where traffic
+   drifts, the lasting one has less noise.
+2. Rows of few look-ups come back less often than they were seen, those of some tables (sessions) never. So a rate is
+   corrected by what rows of such a count and table had of what was forecast for them (held-out estimation, see
+   :mod:`torchrec_slipstream.access.recurrence`); rows never seen are worth what such rows had.
+
+A row costs eight bytes besides its running access count, and nothing between two re-plans.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+# How much of a row's look-ups is left after one more window: recent, and lasting.
+_FADE = (0.5 ** (1 / 1.5), 0.5 ** (1 / 32))
+# And of what was learnt: the mixtures, and the corrections, which are less steady.
+_KEEP_MIXTURE, _KEEP_CORRECTION = 0.95, 0.8
+# A correction is held to 1 as by so many look-ups that came as forecast.
+_PRIOR = 100.0
+# Classes by binary logarithm of the faded count, class 0 below 2^-11.7 (not whole: 1, 2, 4 shall be on no edge).
+_CLASSES, _LEAST = 48, 11.7
+# Forecasts are summed in whole parts of a look-up: the sums do not depend on the order then, on a GPU either.
+_PART = 1 << 16
+# Rows at a time: bounds the memory besides the state.
+_CHUNK = 1 << 22
+
+
+class Forecast:
+    """The forecast for a pool of rows: the shards of several tables, one after the other, on one device.
+
+    Args:
+        begins: where each shard begins, and as the last the number of rows.
+
+    Attributes:
+        before: int32 ``[rows]``, the running access counts when last observed.
+        recent, lasting: float16 ``[rows]``, square roots of faded access counts: those of counts to 2^32 fit.
+    """
+
+    def __init__(self, begins: Sequence[int], device: torch.device) -> None:
+        self.begins = list(begins)
+        rows, tables = self.begins[-1], len(self.begins) - 1
+        self.before = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.recent, self.lasting = (torch.zeros(rows, dtype=torch.float16, device=device) for _ in range(2))
+        # Steps, faded as the counts are. What is by table is little, and float64 on the CPU.
+        self._steps = torch.zeros(2, dtype=torch.float64)
+        # Of each mixture: the three different entries of its normal matrix, and the two of its right side.
+        self._normal = torch.zeros(tables, 5, dtype=torch.float64)
+        self._mixture = torch.full((tables, 2), 0.5, dtype=torch.float64)
+        # By class: rows times steps, look-ups that were forecast before correction, look-ups that came.
+        self._tally = torch.zeros(3, tables, _CLASSES, dtype=torch.float64)
+
+    def observe(self, touches: Tensor, steps: int) -> None:
+        """Take in the running access counts, int32 ``[rows]``, at a re-plan moment.
+
+        ``steps``: how many were counted since the last call. Where one step in so many is counted, only those.
+        """
+        if steps < 1:
+            return
+        known, mixture = bool(self._steps[1]), self._mixture.tolist()
+        normal = torch.zeros_like(self._normal, device=touches.device)
+        tally = torch.zeros_like(self._tally, device=touches.device, dtype=torch.int64)
+        for table, begin, end in self._chunks():
+            came = (touches[begin:end] - self.before[begin:end]).clamp_(min=0)
+            if known:
+                recent, lasting = self._rates(begin, end)
+                # A count varies by as much as it is; where few look-ups were seen, by that of one.
+                weight, rate = 1 / ((recent + lasting) / 2 + 1 / steps), came / steps
+                pairs = ((recent, recent), (recent, lasting), (lasting, lasting), (recent, rate), (lasting, rate))
+                normal[table] += torch.stack([(weight * a * b).sum(dtype=torch.float64) for a, b in pairs])
+                mixed = recent * mixture[table][0] + lasting * mixture[table][1]
+                place = self._place(mixed).floor_().long()
+                forecast = (mixed * steps).double().mul_(_PART).round_().long()
+                for sums, part in zip(tally[:, table], (torch.ones_like(place), forecast, came.long()), strict=True):
+                    sums.scatter_add_(0, place, part)
+            for roots, fade in zip((self.recent, self.lasting), _FADE, strict=True):
+                roots[begin:end] = roots[begin:end].float().square_().mul_(fade).add_(came).sqrt_()
+        self.before.copy_(touches)
+        if known:
+            self._normal = self._normal * _KEEP_MIXTURE + normal.cpu()
+            self._mixture = _solve(self._normal)
+            unit = torch.tensor([steps, 1 / _PART, 1.0], dtype=torch.float64)
+            self._tally = self._tally * _KEEP_CORRECTION + tally.cpu() * unit[:, None, None]
+        self._steps = self._steps * torch.tensor(_FADE, dtype=torch.float64) + steps
+
+    def worth(self) -> Tensor:
+        """float32 ``[rows]``, look-ups a step that each row can expect until the next re-plan."""
+        worth = torch.zeros(self.begins[-1], dtype=torch.float32, device=self.before.device)
+        if not self._steps[1]:
+            return worth
+        (exposure, forecast, came), mixture = self._tally, self._mixture.tolist()
+        unseen = (came[:, 0] / exposure[:, 0].clamp(min=1)).tolist()
+        corrections = ((_blurred(came) + _PRIOR) / (_blurred(forecast) + _PRIOR)).float().to(worth.device)
+        for table, begin, end in self._chunks():
+            recent, lasting = self._rates(begin, end)
+            mixed = recent * mixture[table][0] + lasting * mixture[table][1]
+            place = self._place(mixed)
+            at = (place - 0.5).clamp_(1, _CLASSES - 1.01)
+            low = at.long()  # from class to class linear: a jump would put rows into a wrong order
+            correction = torch.lerp(corrections[table][low], corrections[table][low + 1], at - low)
+            worth[begin:end] = torch.where(place < 1, unseen[table], mixed * correction)
+        return worth
+
+    def lower(self, rows: Tensor, taken: Tensor) -> None:
+        """Follow :meth:`RowCounts.lower_high`: ``taken`` (int32 ``[n]``) was taken off the counts of ``rows``."""
+        self.before[rows] -= taken
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that it knows; the tensors are its own, not copies."""
+        names = ("before", "recent", "lasting", "_steps", "_normal", "_mixture", "_tally")
+        return {name.lstrip("_"): getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on as what gave ``state`` would have. ValueError, and nothing loaded, where that had other tables."""
+        own = self.state_dict()
+        for name, tensor in own.items():
+            found = list(state[name].shape) if name in state else "missing"
+            if found != list(tensor.shape):
+                raise ValueError(f"{name} is {found}; give a state with {list(tensor.shape)}")
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+    def _chunks(self) -> Iterator[tuple[int, int, int]]:
+        """Table, first row and end of each piece of work."""
+        for table, (begin, end) in enumerate(itertools.pairwise(self.begins)):
+            for at in range(begin, end, _CHUNK):
+                yield table, at, min(at + _CHUNK, end)
+
+    def _rates(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """float32 ``[end - begin]`` each, look-ups a step, recent and lasting."""
+        recent, lasting = self.recent[begin:end].float().square_(), self.lasting[begin:end].float().square_()
+        return recent.div_(float(self._steps[0])), lasting.div_(float(self._steps[1]))
+
+    def _place(self, mixed: Tensor) -> Tensor:
+        """float32 ``[n]``: the whole part is the class, the fraction where in it."""
+        # By count, not rate: how far to trust a rate depends on how many look-ups it comes from.
+        return (mixed * float(self._steps[1])).log2_().add_(_LEAST + 1).clamp_(0, _CLASSES - 1)
+
+
+def choose(worth: Tensor, hot: Tensor, capacity: int, *, keep: float = 1.1, margin: float = 0.0) -> Tensor:
+    """The rows of most worth, where hot rows are preferred. Exact: of equals what is hot first, then the lower ids.
+
+    Args:
+        worth: float32 ``[rows]``, finite, at least 0.
+        hot: bool ``[rows]``, which rows are hot now.
+        capacity: how many may be.
+        keep: a cold row has to be worth this many times what a hot one is to take its place ...
+        margin: ... and so many look-ups a step more: the cost of moving a row over the steps in which it pays off.
+
+    Returns:
+        bool ``[rows]``, the new hot rows, ``min(capacity, rows)`` of them.
+    """
+    rows = worth.numel()
+    if not 0 < capacity < rows:
+        return torch.full_like(hot, capacity > 0)
+    score = torch.where(hot, worth * keep + margin, worth)
+    bar = score.topk(capacity, sorted=False).values.min()
+    chosen, ties = score > bar, score == bar
+    for some in (ties & hot, ties & ~hot):
+        chosen[some.nonzero().squeeze(1)[: capacity - int(chosen.sum())]] = True
+    return chosen
+
+
+def _solve(normal: Tensor) -> Tensor:
+    """float64 ``[tables, 2]``, each table's mixture, held to that of all tables as by as much traffic as its own."""
+    total = normal.sum(dim=0, keepdim=True)
+    size = (normal[:, 0] + normal[:, 2])[:, None]
+    of_all = _least_squares(total)
+    aa, ab, bb = total[0, :3]
+    pull = torch.stack([aa, ab, bb, aa * of_all[0, 0] + ab * of_all[0, 1], ab * of_all[0, 0] + bb * of_all[0, 1]])
+    own = _least_squares(normal + size / (aa + bb).clamp(min=1e-30) * pull)
+    return torch.where(size > 0, own, of_all)
+
+
+def _least_squares(normal: Tensor) -> Tensor:
+    """float64 ``[n, 2]``, none of it negative."""
+    aa, ab, bb, a, b = normal.T
+    ridge = 1e-9 * (aa + bb) + 1e-30  # towards halves where the two rates are the same, as they are at first
+    aa, bb, a, b = aa + ridge, bb + ridge, a + ridge / 2, b + ridge / 2
+    determinant = aa * bb - ab * ab
+    recent, lasting = (bb * a - ab * b) / determinant, (aa * b - ab * a) / determinant
+    # Where one would be negative, the best has none of it.
+    both = torch.where(lasting < 0, a / aa, recent), torch.where(recent < 0, b / bb, lasting)
+    return torch.stack(both, dim=1).clamp_(min=0)
+
+
+def _blurred(tally: Tensor) -> Tensor:
+    """Half of each neighbouring class added: rows of about as many look-ups tell the same. Class 0 stays alone."""
+    seen = torch.nn.functional.pad(tally[:, 1:], (1, 1))
+    return torch.cat([tally[:, :1], seen[:, 1:-1] + (seen[:, :-2] + seen[:, 2:]) / 2], dim=1)

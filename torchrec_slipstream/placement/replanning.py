@@ -1,0 +1,177 @@
+"""Re-planning: from the access counts so far, which rows of one overlay should be hot until the next look."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchrec_slipstream.config import PlacementConfig
+from torchrec_slipstream.placement.forecast import Forecast, choose
+from torchrec_slipstream.staleness.compaction import positions_of
+from torchrec_slipstream.tbe import UpdateFilter
+from torchrec_slipstream.tbe.overlay import Overlay, Pool
+
+# More than any row is worth: what keeps a young row hot.
+_ALWAYS = 1e30
+
+
+@dataclass
+class Proposal:
+    """What one overlay would move.
+
+    Attributes:
+        wanted: by the place of a shard, its hot rows: int64 ``[n]``, ascending.
+        gain: look-ups a step that it would serve more.
+        bytes: of the rows to move, each counted once.
+    """
+
+    wanted: dict[int, Tensor] = field(default_factory=dict)
+    gain: float = 0.0
+    bytes: int = 0
+
+
+class _PoolPlanner:
+    """Re-plans the rows of one pool: those of its shards whose rows are counted one by one."""
+
+    def __init__(self, overlay: Overlay, pool: Pool, counter: UpdateFilter) -> None:
+        self.overlay = overlay
+        self.pool = pool
+        self.counter = counter
+        self.places = [place for place in pool.shards if counter.shards[place].counted]
+        rows = [counter.shards[place].rows for place in self.places]
+        self.begins = list(accumulate(rows, initial=0))
+        self.forecast = Forecast(self.begins, overlay.device)
+        # Re-plan in which each slot's row came to it.
+        self.since = torch.zeros(pool.slots, dtype=torch.int32, device=overlay.device)
+        self._owner = pool.owner.clone()
+
+    def observe(self, steps: int) -> None:
+        self.forecast.observe(self._of_rows(self.counter.touches, [s.row_begin for s in self.counter.shards]), steps)
+
+    def propose(self, config: PlacementConfig, now: int, most_bytes: float) -> Proposal:
+        pool, overlay = self.pool, self.overlay
+        hot = self._of_rows(overlay.words, overlay.space.begins) >= 0
+        others = int(overlay.taken(pool).sum()) - int(hot.sum())
+        worth = self.forecast.worth()
+        margin = config.move_cost / config.replan_every
+        held = self._with_young(worth, config, now)
+        chosen = choose(held, hot, pool.slots - others, margin=margin)
+        # A slot that is free is not worth a move either, unless its row pays for it.
+        chosen &= hot | (worth > margin)
+        coming, leaving = positions_of(chosen & ~hot), positions_of(hot & ~chosen)
+        free = pool.slots - others - int(hot.sum())
+        coming, leaving = _of_most_gain(worth, coming, leaving, free, most_bytes / pool.row_bytes)
+        chosen = hot
+        chosen[coming], chosen[leaving] = True, False
+        wanted = {}
+        for place, begin, end in zip(self.places, self.begins[:-1], self.begins[1:], strict=True):
+            wanted[place] = positions_of(chosen[begin:end])
+        gain = float(worth[coming].double().sum() - worth[leaving].double().sum())
+        return Proposal(wanted, gain, (coming.numel() + leaving.numel()) * pool.row_bytes)
+
+    def remember(self, now: int) -> None:
+        """Call after the move: which rows are new to their slots."""
+        self.since[self.pool.owner != self._owner] = now
+        self._owner = self.pool.owner.clone()
+
+    def lower(self, rows: Tensor, taken: Tensor) -> None:
+        """Follow the counter's ``lower_high``."""
+        for place, begin in zip(self.places, self.begins[:-1], strict=True):
+            slots = self.counter.shards[place].slots
+            mine = (rows >= slots.start) & (rows < slots.stop)
+            self.forecast.lower(rows[mine] - slots.start + begin, taken[mine])
+
+    def _with_young(self, worth: Tensor, config: PlacementConfig, now: int) -> Tensor:
+        if config.min_age == 1:
+            return worth
+        young = self.overlay.taken(self.pool) & (now - self.since < config.min_age)
+        held = worth.clone()
+        for place, rows in self.overlay.by_shard(self.pool, positions_of(young)):
+            if place in self.places:
+                held[rows + self.begins[self.places.index(place)]] = _ALWAYS
+        return held
+
+    def _of_rows(self, values: Tensor, begins: list[int]) -> Tensor:
+        """The entries of the pool's rows of ``values``, where each shard's begin at ``begins``: a copy."""
+        shards = self.counter.shards
+        return torch.cat([values[begins[place] : begins[place] + shards[place].rows] for place in self.places])
+
+
+def _of_most_gain(worth: Tensor, coming: Tensor, leaving: Tensor, free: int, most_rows: float) -> tuple[Tensor, Tensor]:
+    """Of the rows that should come and leave, those of most gain, if there are more than ``most_rows`` of them.
+
+    Only so many leave as others need their slots: a row that is cold by now does no harm in a slot that nobody wants.
+    """
+    places = coming.numel()
+    if places + max(0, places - free) > most_rows:
+        # The first `free` come for one move each, the others for two.
+        places = int(min(most_rows, free) + max(0.0, most_rows - free) / 2)
+        coming = coming[worth[coming].topk(places).indices].sort().values
+    leave = min(leaving.numel(), max(0, places - free))
+    leaving = leaving[worth[leaving].topk(leave, largest=False).indices].sort().values
+    return coming, leaving
+
+
+class Replanner:
+    """Re-plans one overlay's rows.
+
+    Args:
+        counter: counts the look-ups of the backing TBE.
+        config: the knobs.
+    """
+
+    def __init__(self, overlay: Overlay, counter: UpdateFilter, config: PlacementConfig) -> None:
+        self.overlay = overlay
+        self.config = config
+        self._pools = [_PoolPlanner(overlay, pool, counter) for pool in overlay.pools if pool.slots]
+        self._pools = [pool for pool in self._pools if pool.places]
+        counter.followers.append(self._lower)
+
+    def observe(self, steps: int) -> None:
+        """Take in the counts of a window of which ``steps`` steps were counted."""
+        for pool in self._pools:
+            pool.observe(steps)
+
+    def propose(self, now: int, most_bytes: float) -> Proposal:
+        """What to move in re-plan number ``now``, of at most so many bytes."""
+        whole = Proposal()
+        for pool in self._pools:
+            part = pool.propose(self.config, now, most_bytes - whole.bytes)
+            whole.wanted |= part.wanted
+            whole.gain += part.gain
+            whole.bytes += part.bytes
+        return whole
+
+    def remember(self, now: int) -> None:
+        """Call after rows were moved, for whatever reason, in re-plan number ``now``."""
+        for pool in self._pools:
+            pool.remember(now)
+
+    def _lower(self, rows: Tensor, taken: Tensor) -> None:
+        for pool in self._pools:
+            pool.lower(rows, taken)
+
+    def state_dict(self) -> list[dict[str, Tensor]]:
+        """What it has learnt, a pool at a time; tensors of its own, not copies."""
+        return [pool.forecast.state_dict() | {"since": pool.since} for pool in self._pools]
+
+    def check(self, state: Any) -> None:
+        """Raise ValueError unless :meth:`load_state_dict` can restore ``state``."""
+        if not isinstance(state, list) or len(state) != len(self._pools):
+            raise ValueError(f"it has not the {len(self._pools)} pools of this model")
+        for saved, pool in zip(state, self.state_dict(), strict=True):
+            for name, tensor in pool.items():
+                if not isinstance(saved, Mapping) or name not in saved or saved[name].shape != tensor.shape:
+                    raise ValueError(f"{name} is missing or of another shape than {list(tensor.shape)}")
+
+    def load_state_dict(self, state: list[dict[str, Tensor]]) -> None:
+        """Restore what :meth:`check` has passed; the rows are in their slots already."""
+        for saved, pool in zip(state, self._pools, strict=True):
+            pool.forecast.load_state_dict(saved)
+            pool.remember(0)
+            pool.since.copy_(saved["since"])
