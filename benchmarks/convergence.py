@@ -35,6 +35,7 @@ from examples.arguments import parse_arguments as job_arguments
 from examples.arguments import session_config
 from examples.runtime import pick_device, process_group, quiet
 from examples.train_dlrm import Data, attach_slipstream, load_data, train
+from torchrec_slipstream import Placement
 
 # What is taken over to the main job's command line as it is.
 JOB_OPTIONS = (
@@ -87,11 +88,11 @@ def job(args: Namespace, seed: int) -> Namespace:
 
 def run(arguments: Namespace, data: Data, provider: str, share: float) -> dict[str, Any]:
     """One training: test AUC and log-loss, the measured share and the tracker's share of the time."""
-    arguments = Namespace(**{**vars(arguments), "skip_share": share})
-    attach = attach_slipstream(Namespace(skip="off"))
+    arguments = Namespace(**{**vars(arguments), "skip_share": share, "skip": "off" if provider == "none" else "rows"})
+    attach = attach_slipstream(arguments, data)
     if provider != "none":
 
-        def attach(model: Any, steps: int) -> Any:
+        def attach(model: Any, steps: int, placement: Placement | None) -> Any:
             return attach_provider(provider, model, session_config(arguments, steps), arguments.seed)
 
     with redirect_stdout(io.StringIO()):  # the job reports every evaluation there

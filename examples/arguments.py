@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from examples.model import SHARDINGS
-from torchrec_slipstream import AccessConfig, SlipstreamConfig, StalenessConfig
+from examples.tiers import PLACEMENTS
+from torchrec_slipstream import AccessConfig, ConfigError, PlacementConfig, SlipstreamConfig, StalenessConfig
+from torchrec_slipstream.budget import parse_bytes
 from torchrec_slipstream.config import SELECTIONS, SIGNALS
 
 # What can be left out of the fused update, in the order in which --compare runs them.
@@ -47,7 +49,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--compare", action="store_true", help="run every --skip mode, one after the other")
     run.add_argument("--json", type=Path, metavar="FILE", help="write the results there (with --compare: by mode)")
 
-    # The rest of the knobs have their defaults; torchrec_slipstream.StalenessConfig and AccessConfig document them all.
+    tiers = parser.add_argument_group("hot rows")
+    tiers.add_argument("--placement", choices=PLACEMENTS, default="off", help="planned, or found while training (live)")
+    tiers.add_argument("--profile", type=Path, metavar="FILE", help="plan from this access profile (.npz)")
+    tiers.add_argument("--hbm-budget", type=budget, default="10%", help="a rank: bytes, or a share of all rows' bytes")
+    tiers.add_argument("--replan-every", type=at_least(0), default=0, help="steps between re-plans; 0: never")
+    tiers.add_argument("--plot", type=Path, metavar="FILE", help="draw the hit rate over steps there")
+
+    # The rest of the knobs have their defaults; the config classes of torchrec_slipstream document them all.
     stale = parser.add_argument_group("staleness (with --skip rows)")
     stale.add_argument("--skip-share", type=share, default=_STALENESS.target_share, help="of look-ups, after warm-up")
     stale.add_argument("--warmup-steps", type=at_least(0), help="before skipping begins (a quarter of the run)")
@@ -58,14 +67,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     stale.add_argument("--selection", choices=SELECTIONS, default=_STALENESS.selection, help="what is left out")
     stale.add_argument("--min-touches", type=at_least(1), default=_STALENESS.min_touches, help="look-ups before stale")
     stale.add_argument("--thaw-every", type=at_least(2), default=_STALENESS.thaw_every, help="intervals (threshold)")
-    stale.add_argument("--count-every", type=at_least(1), default=AccessConfig().every, help="count one step in k")
-    return parser.parse_args(argv)
+    stale.add_argument("--count-every", type=at_least(1), help="count one step in k (8; 1 with --replan-every)")
+    args = parser.parse_args(argv)
+    if args.placement == "live" and not args.replan_every:
+        parser.error("--placement live finds hot rows by re-planning: give --replan-every")
+    return args
 
 
-def session_config(args: argparse.Namespace, steps: int) -> SlipstreamConfig:
+def session_config(args: argparse.Namespace, steps: int, hbm_budget: int | None = None) -> SlipstreamConfig:
     """The arguments as a SlipstreamConfig for a run of `steps`. Raises ConfigError for values that it refuses."""
     staleness = StalenessConfig(
-        target_share=args.skip_share,
+        target_share=args.skip_share if args.skip == "rows" else 0.0,
         warmup_steps=steps // 4 if args.warmup_steps is None else args.warmup_steps,
         interval=args.interval,
         min_probability=args.min_probability,
@@ -75,7 +87,11 @@ def session_config(args: argparse.Namespace, steps: int) -> SlipstreamConfig:
         min_touches=args.min_touches,
         thaw_every=args.thaw_every,
     )
-    return SlipstreamConfig(staleness=staleness, access=AccessConfig(every=args.count_every))
+    return SlipstreamConfig(
+        staleness=staleness,
+        access=AccessConfig(every=args.count_every or (1 if args.replan_every else AccessConfig().every)),
+        placement=PlacementConfig(hbm_budget=hbm_budget, replan_every=args.replan_every),
+    )
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -89,6 +105,17 @@ def at_least(least: int) -> Callable[[str], int]:
 
     convert.__name__ = "whole number"  # argparse names the type by this when int() fails
     return convert
+
+
+def budget(text: str) -> str | float:
+    """An argparse type: bytes as they stand ("64MiB"), a share ("10%") as a float."""
+    if text.endswith("%"):
+        return share(str(float(text[:-1]) / 100))
+    try:
+        parse_bytes(text)
+    except ConfigError as error:  # argparse shows no other error's message
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def positive(text: str) -> float:

@@ -12,7 +12,7 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.types import ShardingType
+from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
 from torchrec.models.dlrm import DLRM, DLRMTrain
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
@@ -20,6 +20,8 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimiz
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from examples.samples import DENSE_NAMES, SPARSE_NAMES
+from examples.tiers import Tiers
+from torchrec_slipstream import Placement
 
 SHARDINGS = {
     "auto": [ShardingType.TABLE_WISE, ShardingType.ROW_WISE, ShardingType.COLUMN_WISE],
@@ -56,7 +58,8 @@ def build_model(
     sharding: str,
     seed: int,
     device: torch.device,
-) -> tuple[DistributedModelParallel, KeyedOptimizer]:
+    tiers: Tiers | None = None,
+) -> tuple[DistributedModelParallel, KeyedOptimizer, Placement | None]:
     """DLRM under DistributedModelParallel, and the optimizer to step.
 
     Needs a default process group; collective over it. The tables use row-wise Adagrad fused into the backward, the
@@ -69,6 +72,7 @@ def build_model(
         batch_size: samples a step and rank, for the planner.
         sharding: a key of SHARDINGS.
         seed: of all weights; dense ones are the same on every rank.
+        tiers: plan hot rows as well; the third of what is returned then says which. None: stock tables.
     """
     torch.manual_seed(seed)
     tables = [
@@ -90,21 +94,20 @@ def build_model(
     apply_optimizer_in_backward(RowWiseAdagrad, dlrm.sparse_arch.parameters(), {"lr": learning_rate, "eps": 1e-8})
 
     world_size = dist.get_world_size()
-    planner = EmbeddingShardingPlanner(
-        topology=Topology(world_size=world_size, compute_device=device.type, local_world_size=_local_size(world_size)),
-        batch_size=batch_size,
-        constraints={
-            # Fused kernels only: a data-parallel table has no fused update, so none that could be skipped.
-            table.name: ParameterConstraints(
-                sharding_types=[kind.value for kind in SHARDINGS[sharding]],
-                compute_kernels=[EmbeddingComputeKernel.FUSED.value],
-            )
-            for table in tables
-        },
-        debug=False,
-    )
     sharders = [_Sharder()]
-    plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
+    sharding_types = [kind.value for kind in SHARDINGS[sharding]]
+    placement = None
+    if tiers is not None:
+        plan, placement = tiers.plan(
+            model,
+            sharders,
+            batch_size=batch_size,
+            sharding_types=sharding_types,
+            device=device,
+            local_size=_local_size(world_size),
+        )
+    else:
+        plan = _stock_plan(model, sharders, tables, sharding_types, batch_size, device)
     # Ranks own different rows: were they seeded alike, the shards would start as copies of each other.
     torch.manual_seed(seed * 1_000_003 + dist.get_rank())
     sharded = DistributedModelParallel(module=model, device=device, plan=plan, sharders=sharders)
@@ -113,7 +116,32 @@ def build_model(
         dict(in_backward_optimizer_filter(sharded.named_parameters())),
         lambda parameters: torch.optim.Adagrad(parameters, lr=dense_learning_rate, eps=1e-8),
     )
-    return sharded, CombinedOptimizer([sharded.fused_optimizer, dense])
+    return sharded, CombinedOptimizer([sharded.fused_optimizer, dense]), placement
+
+
+def _stock_plan(
+    model: nn.Module,
+    sharders: list[ModuleSharder[nn.Module]],
+    tables: list[EmbeddingBagConfig],
+    sharding_types: list[str],
+    batch_size: int,
+    device: torch.device,
+) -> ShardingPlan:
+    world_size = dist.get_world_size()
+    planner = EmbeddingShardingPlanner(
+        topology=Topology(world_size=world_size, compute_device=device.type, local_world_size=_local_size(world_size)),
+        batch_size=batch_size,
+        constraints={
+            # Fused kernels only: a data-parallel table has no fused update, so none that could be skipped.
+            table.name: ParameterConstraints(
+                sharding_types=sharding_types,
+                compute_kernels=[EmbeddingComputeKernel.FUSED.value],
+            )
+            for table in tables
+        },
+        debug=False,
+    )
+    return planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
 
 
 def describe_plan(model: DistributedModelParallel) -> dict[str, dict[str, object]]:

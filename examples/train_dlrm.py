@@ -4,6 +4,7 @@
     python examples/train_dlrm.py --data day_0.tsv.gz --json run.json
     torchrun --nproc-per-node 2 examples/train_dlrm.py
     python examples/train_dlrm.py --compare                          # every --skip mode, side by side
+    python examples/train_dlrm.py --placement planned --hbm-budget 10% --replan-every 50
 
 Stock TorchRec: DistributedModelParallel after the planner's plan, fused row-wise Adagrad, TrainPipelineSparseDist.
 """
@@ -34,8 +35,9 @@ from examples.runtime import pick_device, process_group, quiet
 from examples.runtime import world_size as ranks
 from examples.samples import Samples, batches, count_batches
 from examples.show import show
+from examples.tiers import SIMULATED, budget_bytes, tiers_for
 from examples.timing import StepClock
-from torchrec_slipstream import Report, Slipstream
+from torchrec_slipstream import Placement, Report, Slipstream
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Session(Protocol):
     def report(self) -> Report: ...
 
 
-Attach = Callable[[DistributedModelParallel, int], Session | None]
+Attach = Callable[[DistributedModelParallel, int, Placement | None], Session | None]
 
 
 def train(args: Namespace, data: Data | None = None, attach: Attach | None = None) -> dict[str, Any]:
@@ -94,7 +96,12 @@ def train(args: Namespace, data: Data | None = None, attach: Attach | None = Non
     data = data or load_data(args)
     device = pick_device(args.device)
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    model, optimizer = build_model(
+    tiers = None
+    if args.placement == "planned":
+        tiers = tiers_for(
+            data.train, args.profile, args.hbm_budget, embedding_dim=args.embedding_dim, world_size=world_size
+        )
+    model, optimizer, placement = build_model(
         data.train.table_rows,
         embedding_dim=args.embedding_dim,
         dense_sizes=args.dense_mlp,
@@ -105,10 +112,11 @@ def train(args: Namespace, data: Data | None = None, attach: Attach | None = Non
         sharding=args.sharding,
         seed=args.seed,
         device=device,
+        tiers=tiers,
     )
     epoch_steps = count_batches(len(data.train), args.batch_size, world_size=world_size)
     steps = epoch_steps * args.epochs
-    slip = (attach or attach_slipstream(args))(model, steps)
+    slip = (attach or attach_slipstream(args, data))(model, steps, placement)
     # The pipeline reads ahead, so it gets all epochs as one stream and is filled and drained once.
     clock = StepClock(model, optimizer)
     stream = clock.reading(
@@ -140,7 +148,9 @@ def train(args: Namespace, data: Data | None = None, attach: Attach | None = Non
                     bar.write(_line(f"skip {args.skip}, step {step} of {steps}", test))
 
     seconds = sum(clock.steps)
-    report = slip.report().to_dict() if slip is not None else None
+    report = slip.report() if slip is not None else None
+    if report is not None and report.placement is not None and args.plot and rank == 0:
+        report.placement.plot(args.plot)
     return {
         "skip": args.skip,
         "data": str(args.data),
@@ -159,19 +169,23 @@ def train(args: Namespace, data: Data | None = None, attach: Attach | None = Non
         "seconds": seconds,
         "samples_per_second": steps * args.batch_size * world_size / seconds,
         "step_ms": clock.milliseconds(),
-        "tracker_share": report["tracker_seconds"] / seconds if report else 0.0,
+        "tracker_share": report.tracker_seconds / seconds if report else 0.0,
         "plan": describe_plan(model),
-        "slipstream": report,
+        "slipstream": report.to_dict() if report else None,
     }
 
 
-def attach_slipstream(args: Namespace) -> Attach:
-    """Attaches what `args.skip` asks for."""
+def attach_slipstream(args: Namespace, data: Data) -> Attach:
+    """Attaches what `args.skip` and `args.placement` ask for."""
 
-    def attach(model: DistributedModelParallel, steps: int) -> Session | None:
-        if args.skip == "off":
+    def attach(model: DistributedModelParallel, steps: int, placement: Placement | None) -> Session | None:
+        if args.skip == "off" and args.placement == "off":
             return None
-        return Slipstream(model, session_config(args, steps))
+        budget = None
+        if args.placement == "live":
+            ranks = torch.distributed.get_world_size()
+            budget = budget_bytes(args.hbm_budget, data.train.table_rows, 4 * args.embedding_dim + 4, ranks)
+        return Slipstream(model, session_config(args, steps, budget), placement=placement)
 
     return attach
 
@@ -209,12 +223,14 @@ def main(argv: list[str] | None = None) -> None:
     quiet()
     try:
         device = pick_device(args.device)
-        if args.compare or args.skip == "rows":
-            session_config(args, steps=0)  # its own checks, before data are loaded and a model is built
+        # Its own checks, before data are loaded and a model is built.
+        session_config(Namespace(**{**vars(args), "skip": "rows"}) if args.compare else args, steps=0)
         data = load_data(args)
     except ValueError as error:
         raise SystemExit(f"train_dlrm: {error}") from error
     with process_group(device) as (rank, _):
+        if args.placement != "off" and device.type == "cpu" and rank == 0:
+            print(SIMULATED, file=sys.stderr)
         modes = SKIP_MODES if args.compare else (args.skip,)
         runs = {mode: train(Namespace(**{**vars(args), "skip": mode}), data) for mode in modes}
         if rank == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from torchrec_slipstream.staleness.selection import ALWAYS_LIVE
 from torchrec_slipstream.tbe import UpdateFilter, find_tbes
+from torchrec_slipstream.tbe.compaction import positions_of
+from torchrec_slipstream.tbe.overlay import Overlay
 
 TBE = SplitTableBatchedEmbeddingBagsCodegen
 
@@ -30,6 +32,7 @@ def make_tbe(
     dtype: SparseType = SparseType.FP32,
     device: str = "cpu",
     location: EmbeddingLocation | None = None,
+    output: SparseType = SparseType.FP32,
     seed: int = 0,
     **more: object,
 ) -> TBE:
@@ -45,7 +48,7 @@ def make_tbe(
         eps=1e-8,
         pooling_mode=pooling,
         weights_precision=dtype,
-        output_dtype=SparseType.FP32,
+        output_dtype=output,
         device=torch.device(device),
         **more,
     )
@@ -109,6 +112,31 @@ def set_live(update_filter: UpdateFilter, live: Tensor) -> None:
     rows = torch.arange(live.numel())
     device = update_filter.device
     update_filter.set_patterns(rows.to(device), patterns.to(device))
+
+
+def overlaid(tbe: TBE, slots: Mapping[int, int], live: Tensor | None = None) -> UpdateFilter:
+    """Attach an overlay with ``slots`` a dim to the TBE, all rows cold; ``live`` as :func:`filtered` has it."""
+    found = find_tbes(nn.ModuleList([tbe]))[0]
+    update_filter = UpdateFilter(found)
+    update_filter.overlay = Overlay(found, slots)
+    update_filter.attach()
+    if live is not None:
+        set_live(update_filter, live)
+    return update_filter
+
+
+def move_rows(overlay: Overlay, seed: int) -> None:
+    """Make about half of the hot rows cold, and some random cold ones hot, in random free slots."""
+    generator = torch.Generator().manual_seed(seed)
+    for place, pool in overlay.pool_of.items():
+        hot = overlay.hot_rows(place)
+        overlay.demote(place, hot[(torch.rand(len(hot), generator=generator) < 0.5).to(hot.device)])
+        rows = torch.randperm(overlay.shards[place].rows, generator=generator).to(hot.device)
+        rows = rows[overlay.slots_of(place, rows) < 0]
+        free = positions_of(~overlay.taken(pool))
+        free = free[torch.randperm(len(free), generator=generator).to(hot.device)]
+        count = min(len(rows), 1 + len(free) // 2, len(free))
+        overlay.promote(place, rows[:count], free[:count])
 
 
 def table_states(tbe: TBE) -> list[list[Tensor]]:

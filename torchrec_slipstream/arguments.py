@@ -65,6 +65,8 @@ def make_parser(description: str, profile: Command, plan: Command) -> argparse.A
     two.add_argument("--sharding", type=_shardings, default=list(SHARDINGS), metavar="KINDS", help="what may be used, "
                      f"with commas: {', '.join(SHARDINGS)} (default: all)")  # fmt: skip
     two.add_argument("--optimizer", choices=OPTIMIZERS, help="(default: the profile's)")
+    two.add_argument("--backing", choices=("caching", "uvm"), default="caching", help="hot rows in FBGEMM's cache, or "
+                     "in a session's overlay (uvm), with their state (default: caching)")  # fmt: skip
     two.add_argument("--bandwidths", type=Path, metavar="FILE.json", help="of --calibrate (default: TorchRec's)")
     two.add_argument("--calibrate", action="store_true", help="measure this machine's bandwidths instead of planning")
     two.add_argument("--row-bytes", type=_whole(4), default=256, metavar="N", help="of the rows to measure with "

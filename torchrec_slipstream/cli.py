@@ -161,6 +161,7 @@ def plan(args: argparse.Namespace) -> int:
         topology=measured.topology(**describes, **capacities),
         hbm_budget=args.hbm_budget,
         batch_size=args.batch_size,
+        backing=args.backing,
         # Not data parallel: its tables are copies in every device's HBM, without a fused optimizer.
         constraints={name: ParameterConstraints(sharding_types=args.sharding) for name in found.tables},
     )

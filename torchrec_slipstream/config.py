@@ -188,17 +188,24 @@ class PlacementConfig:
     memory than its own: there a budget only serves to try things out."""
 
     replan_every: int = 0
-    """Steps between two looks at the access counts, to move rows that have become hot or cold; 0: never. Counts are
-    needed (``AccessConfig.counter`` "exact" or "sampled")."""
+    """Steps between two looks at the access counts, to move rows that have become hot or cold; 0: never. Needs the
+    counts of all rows (``AccessConfig.counter``): best "exact" ones, as sampling one step in 8 cost one to three points
+    of hit rate. Costs 8 bytes for every row that can be hot, and some 0.2 µs each at a re-plan on a CPU thread.
+    ``benchmarks/replan.py`` shows what is best where; a few thousand samples a re-plan are a good start."""
 
     min_gain: float = 0.001
     """Least gain in hit rate, as a share of all look-ups, that a re-plan must promise before rows are moved at all, in
     ``[0, 1]``."""
 
-    move_cost: float = 4.0
-    """What moving a row costs, in look-ups of a cold row. A row becomes hot in another's place only if it promises so
-    many more look-ups until the next re-plan: this keeps rows of almost equal traffic from changing places for ever. A
-    swap crosses the bus with two rows and their state, a cold look-up in training with one row, there and back."""
+    hysteresis: float = 1.1
+    """A cold row takes a hot one's place only if it is worth so many times as much, at least 1: this keeps rows of
+    almost equal traffic from changing places for ever. 1.25 moved a quarter fewer rows, for at most 0.0005 of hit
+    rate."""
+
+    move_cost: float = 2.0
+    """What moving a row costs, in look-ups of a cold row: they have to be made good in the time that a row stays hot,
+    which is taken for 16 re-plans. (Training on a cold row reads and writes it over the bus; moving does one of them.)
+    """
 
     min_age: int = 1
     """Re-plans that a row which became hot stays so, whatever its traffic; at least 1: it may go at the next."""
@@ -223,8 +230,10 @@ class PlacementConfig:
         _within("min_gain", self.min_gain, 0.0, 1.0)
         _within("min_age", self.min_age, 1)
         _within("record_every", self.record_every, 1)
-        if isinstance(self.move_cost, bool) or not 0.0 <= self.move_cost < float("inf"):
-            raise ConfigError(f"move_cost={self.move_cost!r} must be a number of at least 0")
+        for name, least in (("hysteresis", 1.0), ("move_cost", 0.0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < float("inf"):
+                raise ConfigError(f"{name}={value!r} must be a number of at least {least:g}")
         if self.max_stall_share is not None:
             _within("max_stall_share", self.max_stall_share, 0.0, 1.0)
             if self.max_stall_share == 0.0:

@@ -78,7 +78,12 @@ class Slipstream:
         if not isinstance(self.config, SlipstreamConfig):
             raise AttachError(f"config must be a SlipstreamConfig, not {type(config).__name__}")
         staleness, access = self.config.staleness, self.config.access
-        found = find_tbes(model, frozenset(staleness.exclude_tables), sketch_tables=frozenset(access.sketch_tables))
+        found = find_tbes(
+            model,
+            frozenset(staleness.exclude_tables),
+            sketch_tables=frozenset(access.sketch_tables),
+            skips=staleness.target_share > 0.0,
+        )
         self._group = process_group if process_group is not None else process_group_of(model)
         self._filters = [
             UpdateFilter(one.counting(lambda shard: has_row_counts(shard, access)), fades=access.half_life is not None)

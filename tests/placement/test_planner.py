@@ -415,3 +415,19 @@ def test_rows_are_worth_what_such_rows_had_later() -> None:
             planner_of(profile, topology_of(1), hbm_budget=20 * hot, backing="uvm"), model_of([100, 100], [16, 16])
         )
         assert [placement.tables[name].hot_rows for name in ("bags.t0", "bags.t1")] == chosen
+
+
+def test_the_hit_rate_is_what_such_rows_will_have() -> None:
+    # Rows enough that most are seen once or twice: those that were seen are hot, and past look-ups flatter them.
+    generator = np.random.default_rng(0)
+    windows = [np.bincount(generator.zipf(1.15, 40_000) % 30_000, minlength=30_000).astype(np.int32) for _ in range(3)]
+    first, second, third = (profile_of([counts], [16], 40_000) for counts in windows)
+    _, placement = plan(
+        planner_of(first.followed_by(second), topology_of(1), hbm_budget=3_000 * 68, backing="uvm"),
+        model_of([30_000], [16]),
+    )
+    (shard,) = placement.shards
+    had = (windows[0] + windows[1])[shard.hot_rows].sum() / 80_000
+    will_have = third.tables["t0"].counts[shard.hot_rows].sum() / 40_000
+    assert had - will_have > 0.04
+    assert placement.hit_rate == pytest.approx(will_have, abs=0.02)

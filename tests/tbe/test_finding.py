@@ -119,3 +119,4 @@ def test_prefetch_pipeline_with_a_cache_is_refused() -> None:
     tbe.total_cache_hash_size = torch.tensor(80)
     with pytest.raises(AttachError, match=r"table_0, table_1: prefetch_pipeline=True on a UVM-cached table"):
         find_tbes(nn.ModuleList([tbe]))
+    assert len(find_tbes(nn.ModuleList([tbe]), skips=False)) == 1, "hot rows alone get on with it"

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,8 +32,10 @@ _PRIOR = 100.0
 _CLASSES, _LEAST = 48, 11.7
 # Forecasts are summed in whole parts of a look-up: the sums do not depend on the order then, on a GPU either.
 _PART = 1 << 16
+# Becomes 0 as a float16, but not before: a CPU takes roots and logarithms of zeros ten times as slowly as of others.
+_TINY = 2.0**-100
 # Rows at a time: bounds the memory besides the state.
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 
 
 class Forecast:
@@ -66,48 +69,62 @@ class Forecast:
         """
         if steps < 1:
             return
-        known, mixture = bool(self._steps[1]), self._mixture.tolist()
-        normal = torch.zeros_like(self._normal, device=touches.device)
-        tally = torch.zeros_like(self._tally, device=touches.device, dtype=torch.int64)
-        for table, begin, end in self._chunks():
-            came = (touches[begin:end] - self.before[begin:end]).clamp_(min=0)
+        known, device = bool(self._steps[1]), touches.device
+        mixture = self._mixture.float().T.to(device)
+        moments = torch.zeros(len(self.begins) - 1, 2, 3, dtype=torch.float64, device=device)
+        tally = torch.zeros(3, self._tally[0].numel(), dtype=torch.int64, device=device)
+        for piece in self._pieces():
+            rows = slice(piece.begin, piece.end)
+            came = (touches[rows] - self.before[rows]).clamp_(min=0)
             if known:
-                recent, lasting = self._rates(begin, end)
+                recent, lasting = self._rates(rows)
                 # A count varies by as much as it is; where few look-ups were seen, by that of one.
-                weight, rate = 1 / ((recent + lasting) / 2 + 1 / steps), came / steps
-                pairs = ((recent, recent), (recent, lasting), (lasting, lasting), (recent, rate), (lasting, rate))
-                normal[table] += torch.stack([(weight * a * b).sum(dtype=torch.float64) for a, b in pairs])
-                mixed = recent * mixture[table][0] + lasting * mixture[table][1]
-                place = self._place(mixed).floor_().long()
-                forecast = (mixed * steps).double().mul_(_PART).round_().long()
-                for sums, part in zip(tally[:, table], (torch.ones_like(place), forecast, came.long()), strict=True):
+                weight = (recent + lasting).mul_(0.5).add_(1 / steps).reciprocal_()
+                # float64: the two rates are at first so much alike that rounding would decide the mixture.
+                rates = torch.stack([recent, lasting, came / steps]).double()
+                weighted = rates[:2] * weight
+                for table, begin, end in piece.tables:  # their sums do not depend on the order of a GPU's threads
+                    moments[table] += weighted[:, begin:end] @ rates[:, begin:end].T
+                tables = piece.table_of_rows(device)
+                mixed = _mix(recent, lasting, mixture, tables)
+                place = self._place(mixed).long().add_(tables, alpha=_CLASSES)
+                forecast = mixed.mul_(steps * _PART).round_().long()
+                for sums, part in zip(tally, (torch.ones_like(place), forecast, came.long()), strict=True):
                     sums.scatter_add_(0, place, part)
             for roots, fade in zip((self.recent, self.lasting), _FADE, strict=True):
-                roots[begin:end] = roots[begin:end].float().square_().mul_(fade).add_(came).sqrt_()
+                faded = roots[rows].float().square_().mul_(fade).add_(came)
+                roots[rows] = faded.clamp_(min=_TINY).sqrt_()
         self.before.copy_(touches)
         if known:
-            self._normal = self._normal * _KEEP_MIXTURE + normal.cpu()
+            self._normal = self._normal * _KEEP_MIXTURE + moments.flatten(1)[:, [0, 1, 4, 2, 5]].cpu()
             self._mixture = _solve(self._normal)
             unit = torch.tensor([steps, 1 / _PART, 1.0], dtype=torch.float64)
-            self._tally = self._tally * _KEEP_CORRECTION + tally.cpu() * unit[:, None, None]
+            self._tally = self._tally * _KEEP_CORRECTION + tally.view_as(self._tally).cpu() * unit[:, None, None]
         self._steps = self._steps * torch.tensor(_FADE, dtype=torch.float64) + steps
 
     def worth(self) -> Tensor:
         """float32 ``[rows]``, look-ups a step that each row can expect until the next re-plan."""
-        worth = torch.zeros(self.begins[-1], dtype=torch.float32, device=self.before.device)
+        device = self.before.device
+        worth = torch.zeros(self.begins[-1], dtype=torch.float32, device=device)
         if not self._steps[1]:
             return worth
-        (exposure, forecast, came), mixture = self._tally, self._mixture.tolist()
-        unseen = (came[:, 0] / exposure[:, 0].clamp(min=1)).tolist()
-        corrections = ((_blurred(came) + _PRIOR) / (_blurred(forecast) + _PRIOR)).float().to(worth.device)
-        for table, begin, end in self._chunks():
-            recent, lasting = self._rates(begin, end)
-            mixed = recent * mixture[table][0] + lasting * mixture[table][1]
+        exposure, forecast, came = self._tally
+        mixture = self._mixture.float().T.to(device)
+        unseen = (came[:, 0] / exposure[:, 0].clamp(min=1)).float().to(device)
+        corrections = ((_blurred(came) + _PRIOR) / (_blurred(forecast) + _PRIOR)).float().view(-1).to(device)
+        for piece in self._pieces():
+            recent, lasting = self._rates(slice(piece.begin, piece.end))
+            tables = piece.table_of_rows(device)
+            mixed = _mix(recent, lasting, mixture, tables)
             place = self._place(mixed)
             at = (place - 0.5).clamp_(1, _CLASSES - 1.01)
             low = at.long()  # from class to class linear: a jump would put rows into a wrong order
-            correction = torch.lerp(corrections[table][low], corrections[table][low + 1], at - low)
-            worth[begin:end] = torch.where(place < 1, unseen[table], mixed * correction)
+            at -= low
+            low.add_(tables, alpha=_CLASSES)
+            correction = torch.lerp(corrections.index_select(0, low), corrections.index_select(0, low.add_(1)), at)
+            worth[piece.begin : piece.end] = torch.where(
+                place < 1, unseen.index_select(0, tables), mixed.mul_(correction)
+            )
         return worth
 
     def lower(self, rows: Tensor, taken: Tensor) -> None:
@@ -129,21 +146,44 @@ class Forecast:
         for name, tensor in own.items():
             tensor.copy_(state[name])
 
-    def _chunks(self) -> Iterator[tuple[int, int, int]]:
-        """Table, first row and end of each piece of work."""
-        for table, (begin, end) in enumerate(itertools.pairwise(self.begins)):
-            for at in range(begin, end, _CHUNK):
-                yield table, at, min(at + _CHUNK, end)
+    def _pieces(self) -> Iterator[_Piece]:
+        for begin in range(0, self.begins[-1], _CHUNK):
+            end = min(begin + _CHUNK, self.begins[-1])
+            tables = [
+                (table, max(first, begin) - begin, min(last, end) - begin)
+                for table, (first, last) in enumerate(itertools.pairwise(self.begins))
+                if max(first, begin) < min(last, end)
+            ]
+            yield _Piece(begin, end, tables)
 
-    def _rates(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """float32 ``[end - begin]`` each, look-ups a step, recent and lasting."""
-        recent, lasting = self.recent[begin:end].float().square_(), self.lasting[begin:end].float().square_()
+    def _rates(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """float32 ``[n]`` each, look-ups a step, recent and lasting."""
+        recent, lasting = self.recent[rows].float().square_(), self.lasting[rows].float().square_()
         return recent.div_(float(self._steps[0])), lasting.div_(float(self._steps[1]))
 
     def _place(self, mixed: Tensor) -> Tensor:
         """float32 ``[n]``: the whole part is the class, the fraction where in it."""
         # By count, not rate: how far to trust a rate depends on how many look-ups it comes from.
-        return (mixed * float(self._steps[1])).log2_().add_(_LEAST + 1).clamp_(0, _CLASSES - 1)
+        return (mixed * float(self._steps[1])).clamp_(min=_TINY).log2_().add_(_LEAST + 1).clamp_(0, _CLASSES - 1)
+
+
+def _mix(recent: Tensor, lasting: Tensor, mixture: Tensor, tables: Tensor) -> Tensor:
+    """float32 ``[n]``, the rates mixed as each row's table does: ``mixture`` is ``[2, tables]``. Takes ``recent``."""
+    return recent.mul_(mixture[0].index_select(0, tables)).addcmul_(lasting, mixture[1].index_select(0, tables))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A piece of work: rows ``begin`` to ``end``, and for each table among them the part that is its own."""
+
+    begin: int
+    end: int
+    tables: list[tuple[int, int, int]]
+
+    def table_of_rows(self, device: torch.device) -> Tensor:
+        """int64 ``[n]``."""
+        numbers, begins, ends = torch.tensor(self.tables).T.to(device)
+        return numbers.repeat_interleave(ends - begins, output_size=self.end - self.begin)
 
 
 def choose(worth: Tensor, hot: Tensor, capacity: int, *, keep: float = 1.1, margin: float = 0.0) -> Tensor:

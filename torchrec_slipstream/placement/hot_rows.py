@@ -98,7 +98,10 @@ class HotRows:
             if s.rows and not can_hold(one, place)
         }
         self.overlays = [
-            Overlay(one, dims) if sum(dims.values()) else None for one, dims in zip(found, slots, strict=True)
+            Overlay(one, dims, [(i, place) not in self._whole for place in range(len(one.shards))])
+            if sum(dims.values())
+            else None
+            for i, (one, dims) in enumerate(zip(found, slots, strict=True))
         ]
         self._replanners = [
             Replanner(overlay, one, config) if overlay is not None and config.replan_every else None
@@ -229,11 +232,12 @@ class HotRows:
                 seen = sum(lookups[f] for f in features)
                 is_whole = (i, place) in self._whole
                 hot = overlay.hot_rows(place).numel() if overlay is not None else 0
+                hot = shard.rows if is_whole else hot
                 planned = self.placement.tables.get(fqn_of(shard)) if self.placement is not None else None
                 mine = TableHits(
                     rows=shard.rows,
-                    hot_rows=shard.rows if is_whole else hot,
-                    hot_bytes=hot * overlay.pool_of[place].row_bytes if overlay is not None and hot else 0,
+                    hot_rows=hot,
+                    hot_bytes=hot * (one.element_size * shard.dim + one.optimizer_bytes(shard.dim)),
                     lookups=seen,
                     hits=seen if is_whole else sum(hits[f] for f in features),
                     predicted=planned.hit_rate if planned is not None else None,

@@ -7,14 +7,14 @@ their own: no collective is needed, under any sharding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from torchrec_slipstream.errors import PlanError
-from torchrec_slipstream.staleness.compaction import positions_of
+from torchrec_slipstream.tbe.compaction import positions_of
 from torchrec_slipstream.tbe.overlay import Overlay, Pool
 
 
@@ -57,17 +57,19 @@ def _migrate_pool(overlay: Overlay, pool: Pool, wanted: Mapping[int, Tensor], ch
     rows_at_once = max(1, chunk_bytes // pool.row_bytes)
     taken = overlay.taken(pool)
     free = positions_of(~taken)
-    coming: list[tuple[int, Tensor]] = []
-    for place in pool.shards:
-        if place in wanted:
-            slots = overlay.slots_of(place, wanted[place])
-            taken[slots[slots >= 0]] = False  # these stay: what is still marked below, leaves
-            coming += [(place, part) for part in wanted[place][slots < 0].split(rows_at_once)]
+    asked = [(place, wanted[place]) for place in pool.shards if place in wanted]
+    slots = _slots_of(overlay, asked)
+    taken[slots[slots >= 0]] = False  # these stay: what is still marked below, leaves
+    coming = [
+        (place, part)
+        for (place, rows), cold in zip(asked, (slots < 0).split([rows.numel() for _, rows in asked]), strict=True)
+        for part in _parts(rows[cold], rows_at_once)
+    ]
     leaving = [
         (place, part)
         for place, rows in overlay.by_shard(pool, positions_of(taken))
         if place in wanted
-        for part in rows.split(rows_at_once)
+        for part in _parts(rows, rows_at_once)
     ]
     demoted, promoted = (sum(rows.numel() for _, rows in parts) for parts in (leaving, coming))
     for place, rows in coming:
@@ -80,12 +82,29 @@ def _migrate_pool(overlay: Overlay, pool: Pool, wanted: Mapping[int, Tensor], ch
     return Moved(demoted, promoted, (demoted + promoted) * pool.row_bytes)
 
 
+def _slots_of(overlay: Overlay, asked: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """int64, the slots of the rows of all these shards, one after the other, -1 where they are cold: one gather."""
+    numbers = [rows + overlay.space.begins[place] for place, rows in asked if overlay.space.own[place]]
+    if not numbers:
+        return torch.empty(0, dtype=torch.int64, device=overlay.device)
+    return overlay.words.index_select(0, torch.cat(numbers)).long()
+
+
+def _parts(rows: Tensor, rows_at_once: int) -> Sequence[Tensor]:
+    """The rows in parts; none of none."""
+    return rows.split(rows_at_once) if rows.numel() > rows_at_once else [rows] if rows.numel() else []
+
+
 def _check(overlay: Overlay, wanted: Mapping[int, Tensor]) -> None:
-    for place, rows in wanted.items():
-        shard = overlay.shards[place]
-        if rows.numel() and not overlay.space.own[place]:
+    named = [(place, rows) for place, rows in wanted.items() if rows.numel()]
+    for place, rows in named:
+        if not overlay.space.own[place]:
+            shard = overlay.shards[place]
             raise PlanError(f"table {shard.table}: {rows.numel()} rows shall be hot, but the overlay leaves it out")
-        if rows.numel() and (int(rows[0]) < 0 or int(rows[-1]) >= shard.rows or not bool((rows.diff() > 0).all())):
+    # All shards' at once: each look at a number on a GPU waits for it.
+    for (place, rows), good in zip(named, _are_good(overlay, named), strict=True):
+        if not good:
+            shard = overlay.shards[place]
             raise PlanError(
                 f"table {shard.table}: its hot rows from {int(rows[0])} to {int(rows[-1])} are not ascending rows of "
                 f"this shard's {shard.rows}"
@@ -100,3 +119,20 @@ def _check(overlay: Overlay, wanted: Mapping[int, Tensor]) -> None:
                 f"table(s) {names}: {sum(hot)} rows shall be hot, but their overlay has {pool.slots} slots; "
                 "give fewer rows, or attach with a greater budget"
             )
+
+
+def _are_good(overlay: Overlay, named: Sequence[tuple[int, Tensor]]) -> list[bool]:
+    """For each shard, whether its rows (int64 ``[n]``, n > 0) ascend and are its own."""
+    if not named:
+        return []
+    lengths = torch.tensor([rows.numel() for _, rows in named], device=overlay.device)
+    ends = lengths.cumsum(0)
+    rows = torch.cat([rows for _, rows in named])
+    first, last = rows[ends - lengths], rows[ends - 1]
+    rises = torch.ones_like(rows, dtype=torch.bool)
+    torch.gt(rows[1:], rows[:-1], out=rises[1:])
+    rises[ends - lengths] = True
+    falls = (~rises).cumsum(0)
+    own = torch.tensor([overlay.shards[place].rows for place, _ in named], device=overlay.device)
+    good = (first >= 0) & (last < own) & (falls[ends - 1] == falls[ends - lengths])
+    return good.tolist()

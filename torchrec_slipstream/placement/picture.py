@@ -149,7 +149,10 @@ def _mark_total(axes: Any, chosen: dict[str, tuple[float, float]], placement: Pl
     axes.scatter(size, rate, s=120, color="black", edgecolors="white", linewidths=1.5, zorder=7, label="the plan")
     axes.plot([size, size], [0, rate], color="black", linewidth=0.8, linestyle=":", zorder=0)
     most = profile.hit_rate(int(size))
-    return f"The plan: {rate:.1%} of look-ups hit {format_bytes(size)} of HBM (the most for these bytes: {most:.1%})"
+    return (
+        f"The plan: {rate:.1%} of look-ups to come hit {format_bytes(size)} of HBM "
+        f"(of those counted, the most for these bytes: {most:.1%})"
+    )
 
 
 def _label(table: TableAccess, profile: AccessProfile) -> str:

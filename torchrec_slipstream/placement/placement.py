@@ -23,7 +23,8 @@ class ShardPlacement:
         whole: the whole shard is in HBM, in a table whose kernel is FUSED.
         hot_rows: int64 ``[n]``, ascending, the shard's hot rows counted from its first row; empty where it is whole,
             and where the device has no HBM.
-        lookups, hot_lookups: of the profile's traffic, those that this shard serves, and those of them from HBM.
+        lookups, hot_lookups: of the profile's traffic, those that this shard serves, and those of as many to come that
+            are expected from HBM.
         hbm_bytes, host_bytes: of its rows with their optimizer state, and of what is kept for every row.
         placed_bytes: of the HBM bytes, those that the budget is for: of hot rows, or of the whole shard.
         misses: distinct cold rows that one global batch is expected to look up in this shard.
@@ -55,7 +56,8 @@ class TablePlacement:
         load_factor: of FBGEMM's cache, for the kernel FUSED_UVM_CACHING.
         hot_rows: of ``rows``, how many are hot (all of a FUSED table on a device with HBM); where column shards hold
             different rows hot, their mean.
-        hit_rate: share of look-ups that find their row in HBM, with the hot rows pinned; nan where none was looked up.
+        hit_rate: share of look-ups to come that are expected to find their row in HBM, with the hot rows pinned; nan
+            where none was looked up.
     """
 
     fqn: str

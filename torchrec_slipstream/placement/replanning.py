@@ -12,10 +12,12 @@ from torch import Tensor
 
 from torchrec_slipstream.config import PlacementConfig
 from torchrec_slipstream.placement.forecast import Forecast, choose
-from torchrec_slipstream.staleness.compaction import positions_of
 from torchrec_slipstream.tbe import UpdateFilter
+from torchrec_slipstream.tbe.compaction import positions_of
 from torchrec_slipstream.tbe.overlay import Overlay, Pool
 
+# Re-plans for which a row stays hot, in which it has to make good what its move cost.
+_STAY = 16
 # More than any row is worth: what keeps a young row hot.
 _ALWAYS = 1e30
 
@@ -58,10 +60,11 @@ class _PoolPlanner:
         hot = self._of_rows(overlay.words, overlay.space.begins) >= 0
         others = int(overlay.taken(pool).sum()) - int(hot.sum())
         worth = self.forecast.worth()
-        margin = config.move_cost / config.replan_every
+        margin = config.move_cost / (_STAY * config.replan_every)
         held = self._with_young(worth, config, now)
-        chosen = choose(held, hot, pool.slots - others, margin=margin)
-        # A slot that is free is not worth a move either, unless its row pays for it.
+        # Two rows move where one takes another's place.
+        chosen = choose(held, hot, pool.slots - others, keep=config.hysteresis, margin=2 * margin)
+        # Even a free slot is only for a row that makes its move good.
         chosen &= hot | (worth > margin)
         coming, leaving = positions_of(chosen & ~hot), positions_of(hot & ~chosen)
         free = pool.slots - others - int(hot.sum())

@@ -86,7 +86,7 @@ def summary(placement: Placement) -> list[str]:
     fullest = max(range(devices), key=lambda rank: placement.hbm_bytes[rank])
     placed = max(placement.placed_on(rank) for rank in range(devices))
     return [
-        f"Hit rate with these rows pinned: {'-' if rate != rate else f'{rate:.2%}'} of look-ups, "
+        f"Expected with these rows pinned: {'-' if rate != rate else f'{rate:.2%}'} of look-ups, "
         f"{sum(shard.misses for shard in placement.shards):,.0f} distinct cold rows a step",
         f"HBM: hot rows and whole tables take {format_bytes(placed)} of the budget of "
         f"{format_bytes(placement.hbm_budget)} a device ({devices} device(s), the fullest)",

@@ -73,12 +73,23 @@ def _shard(option: ShardingOption, position: int, table: PlannedTable, layout: L
 
 
 def _hot_lookups(table: PlannedTable, histogram: CountHistogram, filling: Filling | None) -> int:
-    """Of the shard's look-ups, those of its hot rows; all where it is whole."""
+    """Of as many look-ups as the shard had, those that its hot rows can expect; all where it is whole.
+
+    By what rows of equal counts had later, where the profile knows: past look-ups flatter the rows chosen by them.
+    """
     if filling is None:
         return 0
+    lookups = table.lookups_of(histogram)
     if filling.whole or filling.share.hot_rows == histogram.total_rows:
-        return round(table.lookups_of(histogram))
-    return filling.share.hot_lookups
+        return round(lookups)
+    worth = table.access.worth(histogram)
+    if worth is None:
+        return filling.share.hot_lookups
+    share = filling.share
+    hot = np.where(histogram.counts > share.least_count, histogram.rows, 0)
+    hot[histogram.counts == share.least_count] = share.ties
+    expected = float(histogram.rows @ worth)
+    return round(lookups * float(hot @ worth) / expected) if expected else 0
 
 
 def _hot_rows(table: PlannedTable, begin: int, rows: int, share: TableShare) -> npt.NDArray[np.int64]:

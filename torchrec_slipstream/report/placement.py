@@ -16,7 +16,7 @@ class TableHits:
     """One logical table over all its shards and ranks; column shards each count the rows and look-ups they see.
 
     ``hits`` of the ``lookups`` (of training steps) found their row in fast memory, where ``hot_rows`` of the ``rows``
-    are now, in slots of ``hot_bytes``. ``predicted`` is the placement's hit rate; None where there was none.
+    are now, in ``hot_bytes``. ``predicted`` is the placement's hit rate; None where there was none.
     """
 
     rows: int
@@ -182,7 +182,7 @@ class PlacementReport:
         lines.append(memory)
         step = f"a whole step took {self.step_ms:.2f} ms"
         if self.predicted_ms is not None:
-            step += f" (planned for its embedding part: {self.predicted_ms:.2f} ms)"
+            step += f" (planned for its embedding part: {self.predicted_ms:.3g} ms)"
         lines.append(step)
         if self.replans:
             moved = [one for one in self.replans if one.moved]

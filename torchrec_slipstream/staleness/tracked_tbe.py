@@ -10,10 +10,10 @@ from torch import Tensor
 from torchrec_slipstream.config import StalenessConfig
 from torchrec_slipstream.errors import AttachError, StateError
 from torchrec_slipstream.staleness import selection
-from torchrec_slipstream.staleness.compaction import positions_of
 from torchrec_slipstream.staleness.pool import RowPool
 from torchrec_slipstream.staleness.signals import SIGNALS, RowView, Signal
 from torchrec_slipstream.tbe import Sampling, UpdateFilter
+from torchrec_slipstream.tbe.compaction import positions_of
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 

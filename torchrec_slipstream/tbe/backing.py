@@ -1,8 +1,15 @@
 """Rows of a TBE with their optimizer state, read and written behind FBGEMM's back, its UVM cache included.
 
 FBGEMM's cache (``EmbeddingLocation.MANAGED_CACHING``) may hold a newer copy of a row than the table, under a tag which
-is the row's number among all cached tables. A row that is taken from here leaves the cache, and must not be looked up
-through the TBE until it is written back: then there is no old copy of it to find.
+is the row's number among all cached tables. A row that is taken from here is evicted first, and must not be looked up
+through the TBE until it is written back: then there is no old copy of it to find. Evicting writes before it takes the
+tag away, so that one whole truth is left whatever fails in between.
+
+The cache, as read in FBGEMM 1.6.0's and 1.8.0's ``src/split_embeddings_cache``: ``lxu_cache_state`` ``[sets, ways]``
+has the tags, -1 none; a location is set * ways + way, a row of ``lxu_cache_weights``. A slot without a tag is filled
+like any other (by its LRU time, or first of all in LFU) and neither evicted nor flushed. ``prefetch`` of a TBE that
+locks cache lines (``prefetch_pipeline``) counts the batches that need a line, and the backward of each counts down the
+lines that it used itself; a row that left looks up nothing in those batches any more, so its line's count goes with it.
 """
 
 from __future__ import annotations
@@ -13,6 +20,7 @@ import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor
 
+from torchrec_slipstream.tbe.compaction import positions_of
 from torchrec_slipstream.tbe.finding import TBE
 
 
@@ -25,9 +33,11 @@ class BackingRows:
     @cached_property
     def _tables(self) -> list[list[Tensor]]:
         weights = self.tbe.split_embedding_weights()
-        if self.tbe.optimizer == EmbOptimType.EXACT_SGD:
-            return [[table] for table in weights]
-        return [[table, *states] for table, states in zip(weights, self.tbe.split_optimizer_states(), strict=True)]
+        sgd = self.tbe.optimizer == EmbOptimType.EXACT_SGD
+        states = [()] * len(weights) if sgd else self.tbe.split_optimizer_states()
+        # As `.data`, which has a version of its own: autograd would take what is written here, as it does not take
+        # FBGEMM's own updates, for a reason to refuse a backward that is still to come.
+        return [[tensor.data for tensor in (table, *more)] for table, more in zip(weights, states, strict=True)]
 
     def of(self, table: int) -> list[Tensor]:
         """The table's weights ``[rows, dim]`` and optimizer states ``[rows]`` or ``[rows, dim]``: views."""
@@ -42,11 +52,8 @@ class BackingRows:
 
     def take(self, table: int, rows: Tensor) -> list[Tensor]:
         """Current weights and states of ``rows`` (int64 ``[n]``), copies; the rows leave FBGEMM's cache."""
-        weights, *states = [tensor.index_select(0, rows) for tensor in self.of(table)]
-        if (cached := self._cached(table, rows)) is not None:
-            weights = _newer(self.tbe, weights, cached)
-            self._drop(cached)
-        return [weights, *states]
+        self._evict(table, rows)
+        return [tensor.index_select(0, rows) for tensor in self.of(table)]
 
     def write(self, table: int, rows: Tensor, values: list[Tensor]) -> None:
         """Write weights and states of ``rows`` (int64 ``[n]``, distinct), which FBGEMM's cache does not hold."""
@@ -54,7 +61,10 @@ class BackingRows:
             tensor.index_copy_(0, rows, value)
 
     def _cached(self, table: int, rows: Tensor) -> Tensor | None:
-        """int64 ``[n]``, where FBGEMM's cache has the rows, -1 where it has not; None if the table has no cache."""
+        """int64 ``[n]``, where FBGEMM's cache has the rows, -1 where it has not; None if the table has no cache.
+
+        Waits for the device.
+        """
         tbe = self.tbe
         if tbe.lxu_cache_weights.numel() == 0:
             return None
@@ -67,12 +77,20 @@ class BackingRows:
         )
         return locations.long()
 
-    def _drop(self, locations: Tensor) -> None:
-        """Take rows out of the cache without writing them back; locks of batches that were prefetched go as well."""
-        held = locations[locations >= 0]
-        self.tbe.lxu_cache_state.view(-1)[held] = -1
+    def _evict(self, table: int, rows: Tensor) -> None:
+        """Write back what FBGEMM's cache has of the rows, and take them out of it."""
+        locations = self._cached(table, rows)
+        if locations is None:
+            return
+        held = positions_of(locations >= 0)
+        rows, locations = rows[held], locations[held]
+        weights = self.of(table)[0]
+        weights.index_copy_(0, rows, _newer(self.tbe, weights.index_select(0, rows), locations))
+        self.tbe.lxu_cache_state.view(-1)[locations] = -1
         if self.tbe.prefetch_pipeline:
-            self.tbe.lxu_cache_locking_counter.view(-1)[held] = 0
+            self.tbe.lxu_cache_locking_counter.view(-1)[locations] = 0
+        for prefetched in self.tbe.lxu_cache_locations_list:  # a row may be back before the forward that it was for
+            prefetched.masked_fill_(torch.isin(prefetched, locations.to(prefetched.dtype)), -1)
 
 
 def _newer(tbe: TBE, values: Tensor, locations: Tensor) -> Tensor:

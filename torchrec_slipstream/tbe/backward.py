@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from torchrec_slipstream.staleness.compaction import Compaction
+from torchrec_slipstream.tbe.compaction import Compaction
 from torchrec_slipstream.tbe.finding import TBE
 from torchrec_slipstream.tbe.sampling import Layout, variable_blocks
 
@@ -97,7 +97,9 @@ class SavedLookups:
 
     def check(self) -> None:
         """Fail in the forward, when nothing has changed yet, if FBGEMM did not save what we cut down."""
-        needed = {"offsets", "indices"} | ({"weights"} if self._weights is not None else set())
+        needed = {"offsets"}
+        if self._tbe._indices.numel() > 0:  # the side of a batch that has none has nothing to cut down
+            needed |= {"indices"} | ({"weights"} if self._weights is not None else set())
         if self._tbe.lxu_cache_locations.numel() > 0:
             needed.add("lxu_cache_locations")
         if missing := needed - self._met:

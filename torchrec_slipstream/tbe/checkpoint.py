@@ -2,12 +2,17 @@
 
 TorchRec's ``state_dict`` and the fused optimizer's state are views of the backing TBE's memory, so nobody has to copy
 a table: it is enough that the overlay is released before anybody gets hold of a view, or loads into one. TorchRec
-flushes its TBEs before a ``state_dict``, and ours release then; the fused optimizer does not, and nor does loading.
+flushes its TBEs before a ``state_dict``, and ours release then, as they do before their own methods give a table away
+(``class_swap.py``); the fused optimizers do not, and nor does loading.
+
+A view is current until the next forward. Who keeps one for longer reads hot rows as they were then, as stock TorchRec
+has it with tables in FBGEMM's cache; who writes into one is found out (``Overlay``). That holds for ``parameters()`` as
+well, which are views, too, and too often asked for to release the overlay each time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -29,20 +34,33 @@ class ReleaseBeforeAccess:
         self._overlay = overlay
         self._handles: list[RemovableHandle] = [found.tbe.register_state_dict_pre_hook(self._release)]
         for module in {id(m): m for m in (found.tbe, found.owner) if m is not None}.values():
-            self._handles.append(module.register_load_state_dict_pre_hook(self._release))
-        self._optimizer = found.optimizer
-        if self._optimizer is not None:
-            _swap_in(self._optimizer, overlay)
+            handle = module.register_load_state_dict_pre_hook(self._release)
+            # Before TorchRec's own, which may copy what is to be loaded: it can be a view of our table.
+            module._load_state_dict_pre_hooks.move_to_end(handle.id, last=False)  # type: ignore[union-attr]
+            self._handles.append(handle)
+        self._optimizers = list(_optimizers_of(found))
+        for optimizer in self._optimizers:
+            _swap_in(optimizer, overlay)
 
     def remove(self) -> None:
         """Leave the modules as they were."""
         for handle in self._handles:
             handle.remove()
-        if self._optimizer is not None:
-            _swap_out(self._optimizer)
+        for optimizer in self._optimizers:
+            _swap_out(optimizer)
 
     def _release(self, module: nn.Module, *arguments: Any) -> None:
         self._overlay.release()
+
+
+def _optimizers_of(found: FoundTbe) -> Iterator[KeyedOptimizer]:
+    """The TBE's fused optimizer, and those of single tables that hang on the parameters of its collection."""
+    if found.optimizer is not None:
+        yield found.optimizer
+    for parameter in found.owner.parameters() if found.owner is not None else ():
+        for optimizer in getattr(parameter, "_in_backward_optimizers", ()):
+            if getattr(optimizer, "_emb_module", None) is found.tbe:
+                yield optimizer
 
 
 class _ReleasingOptimizer:

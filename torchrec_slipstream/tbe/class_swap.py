@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchrec_slipstream.errors import AttachError, LookupRangeError
 from torchrec_slipstream.tbe.finding import TBE, Attached
 from torchrec_slipstream.tbe.part import Call
-from torchrec_slipstream.tbe.preparing import without_hot
+from torchrec_slipstream.tbe.preparing import bounds_unchecked, without_hot
 
 if TYPE_CHECKING:
     from torchrec_slipstream.tbe.update_filter import UpdateFilter
@@ -45,6 +45,8 @@ class _FilteredTbe(Attached):
             # The TBE's own class comes next in the order of resolution.
             return self._slipstream.forward(super().forward, call)  # type: ignore[misc]
         except RuntimeError as error:
+            if torch.compiler.is_compiling():
+                raise
             why = _out_of_range(self._slipstream, indices, offsets, batch_size_per_feature_per_rank)
             if why is None:
                 raise
@@ -57,15 +59,42 @@ class _FilteredTbe(Attached):
         forward_stream: torch.cuda.Stream | None = None,
         batch_size_per_feature_per_rank: list[list[int]] | None = None,
     ) -> None:
-        if (overlay := self._slipstream.overlay) is not None:
-            call = Call(indices, offsets, None, None, batch_size_per_feature_per_rank)
-            indices = without_hot(self._slipstream, overlay, call)
-        super().prefetch(indices, offsets, forward_stream, batch_size_per_feature_per_rank)  # type: ignore[misc]
+        if (overlay := self._slipstream.overlay) is None:
+            super().prefetch(indices, offsets, forward_stream, batch_size_per_feature_per_rank)  # type: ignore[misc]
+            return
+        if overlay.released and forward_stream is not None:
+            # The hot rows will be read anew, after what was written meanwhile.
+            torch.cuda.current_stream().wait_stream(forward_stream)
+        call = Call(indices, offsets, None, None, batch_size_per_feature_per_rank)
+        call = without_hot(self._slipstream, overlay, call)
+        with bounds_unchecked(self._slipstream.tbe):
+            super().prefetch(call.indices, call.offsets, forward_stream, call.batch_sizes)  # type: ignore[misc]
 
     def flush(self) -> None:
+        self._release()
+        super().flush()  # type: ignore[misc]
+
+    # What FBGEMM gives away of its tables, or lets be written: the truth of all rows has to be there.
+
+    def split_embedding_weights(self) -> list[Tensor]:
+        self._release()
+        return super().split_embedding_weights()  # type: ignore[misc]
+
+    def split_optimizer_states(self) -> list[list[Tensor]]:
+        self._release()
+        return super().split_optimizer_states()  # type: ignore[misc]
+
+    def get_optimizer_buffer(self, state: str) -> Tensor:
+        self._release()
+        return super().get_optimizer_buffer(state)  # type: ignore[misc]
+
+    def reset_embedding_weight_momentum(self, *arguments: Any, **more: Any) -> None:
+        self._release()
+        super().reset_embedding_weight_momentum(*arguments, **more)  # type: ignore[misc]
+
+    def _release(self) -> None:
         if (overlay := self._slipstream.overlay) is not None:
             overlay.release()
-        super().flush()  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         raise AttachError("a TBE with a Slipstream session attached cannot be copied; detach() the session first")

@@ -87,13 +87,18 @@ class FoundTbe:
 
 
 def find_tbes(
-    model: nn.Module, exclude_tables: frozenset[str] = frozenset(), *, sketch_tables: frozenset[str] = frozenset()
+    model: nn.Module,
+    exclude_tables: frozenset[str] = frozenset(),
+    *,
+    sketch_tables: frozenset[str] = frozenset(),
+    skips: bool = True,
 ) -> list[FoundTbe]:
     """All TBEs below ``model`` whose updates can be filtered, in a stable order. Changes nothing.
 
     ``model`` is a DistributedModelParallel or any module tree that contains TBEs. A rank to which a sharded model gave
     no table has none, which is no error: it still takes part in decisions. TBEs of which every table is in
-    ``exclude_tables`` are left out.
+    ``exclude_tables`` are left out. Without ``skips`` no update will be, and no TBE is refused for what the update
+    filter alone cannot follow.
 
     Raises:
         AttachError: no TBE at all; a table without a fused update (data parallel, dense, key-value); an optimizer
@@ -128,7 +133,7 @@ def find_tbes(
         names |= tables
         if tables <= exclude_tables:
             continue
-        why = _why_not(tbe)
+        why = _why_not(tbe, skips=skips)
         if why is not None:
             problems.append(f"table(s) {', '.join(sorted(tables))}: {why}")
         else:
@@ -216,7 +221,7 @@ def _bare_shards(tbe: nn.Module, path: str) -> tuple[TableShard, ...]:
     return tuple(shards)
 
 
-def _why_not(tbe: nn.Module) -> str | None:
+def _why_not(tbe: nn.Module, *, skips: bool) -> str | None:
     """Why this TBE's updates cannot be filtered, or None if they can."""
     if isinstance(tbe, Attached):
         return "a Slipstream session is attached already; detach() it first"
@@ -229,8 +234,11 @@ def _why_not(tbe: nn.Module) -> str | None:
     # FBGEMM's hook before the backward overwrites lxu_cache_locations with those of the batch's *distinct* rows, sorted
     # (_update_cache_counter_and_locations), and the kernels take them by the run of a row (use_uniq_cache_locations in
     # embedding_backward_split_template.cu). Cut down look-up by look-up they would name other rows' cache slots.
-    if tbe.use_uniq_cache_locations_bwd and int(tbe.total_cache_hash_size) > 0:
-        return "prefetch_pipeline=True on a UVM-cached table orders cache locations in a way the filter cannot follow"
+    if skips and tbe.use_uniq_cache_locations_bwd and int(tbe.total_cache_hash_size) > 0:
+        return (
+            "prefetch_pipeline=True on a UVM-cached table orders cache locations in a way the filter cannot follow; "
+            "counting and hot rows work with StalenessConfig(target_share=0)"
+        )
     # Both keep a count of every row's updates and decay rows by it: a popular row left out would look rare.
     if tbe._used_rowwise_adagrad_with_counter:
         return "counter-based regularisation counts updates a row; left-out ones would make a row look rare"

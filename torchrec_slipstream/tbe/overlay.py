@@ -14,29 +14,21 @@ rows anew. So what is loaded into those views meanwhile, by whatever way, is wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from math import log2
 from typing import Any
 
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, EmbeddingLocation, PoolingMode
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-    ComputeDevice,
-    SplitTableBatchedEmbeddingBagsCodegen,
-    UserEnabledConfigDefinition,
-)
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
 from torch import Tensor
 
-from torchrec_slipstream.errors import AttachError
-from torchrec_slipstream.staleness.compaction import positions_of
+from torchrec_slipstream.errors import StateError
 from torchrec_slipstream.tbe.backing import BackingRows
-from torchrec_slipstream.tbe.finding import TBE, FoundTbe, TableShard
+from torchrec_slipstream.tbe.compaction import positions_of
+from torchrec_slipstream.tbe.finding import TBE, FoundTbe
+from torchrec_slipstream.tbe.overlay_tbe import check_can_have_overlay, overlay_tbe
 from torchrec_slipstream.tbe.row_space import RowSpace
 
-_WEIGHTS = (SparseType.FP32, SparseType.FP16, SparseType.BF16)
 # Bytes of rows that a release or a reload copies at a time: bounds the memory besides.
 _CHUNK_BYTES = 64 * 2**20
 
@@ -78,10 +70,10 @@ class Overlay:
     Args:
         found: the backing TBE with its shards. It is not changed until rows are moved back.
         slots: by dim, rows that can be hot.
-        wanted: which shards' rows may be hot; of those only that :func:`can_hold` finds able.
+        wanted: for each shard, whether its rows may be hot; of those only that :func:`can_hold` finds able. None: all.
 
     Raises:
-        AttachError: the TBE's weights or outputs are of a type that the overlay does not have.
+        AttachError: the TBE is of a kind that an overlay would not be exact for (``overlay_tbe.py``).
 
     Attributes:
         tbe: the overlay TBE: the backing's features in their order, one physical table a dim.
@@ -92,21 +84,19 @@ class Overlay:
         released: whether the backing TBE has the truth of all rows.
     """
 
-    def __init__(
-        self, found: FoundTbe, slots: Mapping[int, int], wanted: Callable[[TableShard], bool] = lambda shard: True
-    ) -> None:
-        _check(found)
+    def __init__(self, found: FoundTbe, slots: Mapping[int, int], wanted: Sequence[bool] | None = None) -> None:
+        check_can_have_overlay(found)
         backing = found.tbe
         self.backing = BackingRows(backing)
         self.shards = found.shards
         self.device = backing.current_device
         feature_table = list(backing.feature_table_map)
-        may_be_hot = [wanted(shard) and can_hold(found, place) for place, shard in enumerate(found.shards)]
+        may_be_hot = [can_hold(found, place) and (not wanted or wanted[place]) for place in range(len(found.shards))]
         self.space = RowSpace([shard.rows for shard in found.shards], may_be_hot, feature_table, self.device)
         self.words = torch.full((self.space.size,), -1, dtype=torch.int32, device=self.device)
         dims = sorted({found.shards[table].dim for table in feature_table})
         sizes = {dim: slots.get(dim, 0) for dim in dims}
-        self.tbe = _overlay_tbe(backing, [(max(1, sizes[dim]), dim) for dim in dims], found.shards)
+        self.tbe = overlay_tbe(backing, [(max(1, sizes[dim]), dim) for dim in dims], found.shards)
         self.pools = []
         tables = BackingRows(self.tbe)
         for table, dim in enumerate(dims):
@@ -120,6 +110,8 @@ class Overlay:
         self.released = False
         self._moves = 0
         self._arguments: Any = None
+        self._watched = _one_view_a_memory(backing, self.backing.of(0))
+        self._versions = self._versions_now()
 
     @property
     def hbm_bytes(self) -> int:
@@ -143,6 +135,8 @@ class Overlay:
 
     def by_shard(self, pool: Pool, slots: Tensor) -> list[tuple[int, Tensor]]:
         """The rows (int64, local, ascending) that have the taken ``slots`` of a pool, for each of its shards."""
+        if not pool.shards:  # all of this dim are left out
+            return []
         numbers = pool.owner[slots].sort().values
         begins = [self.space.begins[place] for place in pool.shards]
         ends = torch.searchsorted(numbers, torch.tensor(begins[1:], device=self.device)).tolist()
@@ -180,12 +174,37 @@ class Overlay:
 
         return ready
 
+    def _versions_now(self) -> list[int]:
+        return [tensor._version for tensor in self._watched]
+
+    def _notice_writes(self) -> None:
+        """Find what others have written into the backing TBE's memory while the overlay had the truth.
+
+        Torch counts the writes into a memory; neither FBGEMM's updates nor our own moves take part in that count.
+
+        Raises:
+            StateError: hot rows have trained since, so that either the write or the training would be lost.
+        """
+        if self.released or (versions := self._versions_now()) == self._versions:
+            return
+        self._versions = versions
+        if self.dirty:
+            names = ", ".join(sorted({shard.table for shard in self.shards}))
+            raise StateError(
+                f"table(s) {names}: weights or optimizer state were written into tensors that were taken before the "
+                "last training step (an old state_dict, parameters), where the hot rows' values were not any more. "
+                "Those of hot rows are not taken over. Take a new state_dict(), or call flush() on the TBEs, and write "
+                "again before the next step (each TBE says so once)"
+            )
+        self.released = True  # the slots have nothing that was not there as well
+
     def demote(self, place: int, rows: Tensor) -> Tensor:
         """Bring hot ``rows`` of a shard (int64 ``[n]``, distinct) back to the backing TBE, weights and state together.
 
         Returns:
             int64 ``[n]``, the slots that are free now.
         """
+        self._notice_writes()
         pool, slots = self.pool_of[place], self.slots_of(place, rows)
         self._moves += 1
         if not self.released:
@@ -196,6 +215,7 @@ class Overlay:
 
     def promote(self, place: int, rows: Tensor, slots: Tensor) -> None:
         """Give cold ``rows`` of a shard (int64 ``[n]``, distinct) free ``slots`` of its pool (int64 ``[n]``)."""
+        self._notice_writes()
         pool = self.pool_of[place]
         self._moves += 1
         if not self.released:
@@ -208,6 +228,7 @@ class Overlay:
 
         ``for_good``: backwards that are still to come are refused, since nobody would hold the rows again after them.
         """
+        self._notice_writes()
         self._moves += for_good
         if self.released:
             return
@@ -219,11 +240,12 @@ class Overlay:
 
     def hold(self) -> None:
         """Let the overlay have the truth of the hot rows again, read from the backing TBE as they are there now."""
+        self._notice_writes()
         if not self.released:
             return
         for pool, place, rows, slots in self._chunks():
             _fill(pool, slots, self.backing.take(place, rows))
-        self.released = False
+        self._versions, self.released = self._versions_now(), False
 
     def _chunks(self) -> Iterator[tuple[Pool, int, Tensor, Tensor]]:
         """All hot rows in bounded parts: their pool, shard, rows and slots."""
@@ -270,70 +292,14 @@ class Overlay:
                 mine.iter.zero_()
 
 
+def _one_view_a_memory(tbe: TBE, row: list[Tensor]) -> list[Tensor]:
+    """The tensors by whose versions writes into the TBE's weights and states (``row``: of a table) can be told."""
+    tensors = tbe.split_embedding_weights()
+    if len(row) > 1:
+        tensors = tensors + [state for table in tbe.split_optimizer_states() for state in table]
+    return list({tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}.values())
+
+
 def _fill(pool: Pool, slots: Tensor, values: list[Tensor]) -> None:
     for mine, theirs in zip(pool.tensors, values, strict=True):
         mine.index_copy_(0, slots, theirs)
-
-
-def _check(found: FoundTbe) -> None:
-    tbe = found.tbe
-    tables = ", ".join(sorted({shard.table for shard in found.shards}))
-    if tbe.weights_precision not in _WEIGHTS:
-        raise AttachError(
-            f"table(s) {tables}: weights of {tbe.weights_precision} carry their scale in the row, which an overlay "
-            "does not; use FP32, FP16 or BF16, or leave these tables out of the placement"
-        )
-    if SparseType.from_int(tbe.output_dtype) not in _WEIGHTS:
-        raise AttachError(
-            f"table(s) {tables}: outputs of {SparseType.from_int(tbe.output_dtype)} cannot be added up; use FP32, FP16 "
-            "or BF16, or leave these tables out of the placement"
-        )
-
-
-def _overlay_tbe(backing: TBE, tables: list[tuple[int, int]], shards: tuple[TableShard, ...]) -> TBE:
-    """A TBE in fast memory with ``tables`` (rows, dim), and the features and optimizer of the backing one."""
-    on_cpu = backing.use_cpu
-    location = EmbeddingLocation.HOST if on_cpu else EmbeddingLocation.DEVICE
-    compute = ComputeDevice.CPU if on_cpu else ComputeDevice.CUDA
-    dims = [dim for _, dim in tables]
-    feature_table = [dims.index(shards[table].dim) for table in backing.feature_table_map]
-    more: dict[str, Any] = {}
-    if backing.use_rowwise_bias_correction:
-        more["extra_optimizer_config"] = UserEnabledConfigDefinition(use_rowwise_bias_correction=True)
-    state_types = {
-        f"momentum{i + 1}": SparseType.from_dtype(state.dtype)
-        for i, state in enumerate(BackingRows(backing).of(0)[1:])
-        if backing.optimizer == EmbOptimType.PARTIAL_ROWWISE_ADAM
-    }
-    tbe = SplitTableBatchedEmbeddingBagsCodegen(
-        [(rows, dim, location, compute) for rows, dim in tables],
-        feature_table_map=feature_table,
-        optimizer=backing.optimizer,
-        weight_decay_mode=backing.weight_decay_mode,
-        optimizer_state_dtypes=state_types or None,
-        weights_precision=backing.weights_precision,
-        output_dtype=SparseType.from_int(backing.output_dtype),
-        pooling_mode=PoolingMode(backing.pooling_mode),
-        bounds_check_mode=BoundsCheckMode.NONE,  # slots are ours
-        device=backing.current_device,
-        **more,
-    )
-    _number_by_run(tbe, tables, feature_table)
-    return tbe
-
-
-def _number_by_run(tbe: TBE, tables: list[tuple[int, int]], feature_table: list[int]) -> None:
-    """Let the features of one table stand apart from each other, which FBGEMM's CPU backward does not expect.
-
-    It numbers the rows of a batch by ``hash_size_cumsum``, which has to ascend with the features. No slot is looked up
-    by features of two backing tables, so each run of features may number the slots that it shares for itself.
-    """
-    if feature_table == sorted(feature_table):
-        return
-    begins, total = [0], tables[feature_table[0]][0]
-    for before, table in pairwise(feature_table):
-        begins.append(begins[-1] if table == before else total)
-        total += 0 if table == before else tables[table][0]
-    tbe.hash_size_cumsum.copy_(torch.tensor([*begins, total]))
-    tbe.total_hash_size = total
-    tbe.total_hash_size_bits = int(log2(total) + 1)

@@ -11,7 +11,6 @@ from fbgemm_gpu.split_embedding_configs import SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from torch import Tensor
 
-from torchrec_slipstream.staleness.compaction import Compaction
 from torchrec_slipstream.tbe.backward import (
     Beginning,
     SavedLookups,
@@ -21,6 +20,7 @@ from torchrec_slipstream.tbe.backward import (
     scale_bags,
     weight_gradient,
 )
+from torchrec_slipstream.tbe.compaction import Compaction
 from torchrec_slipstream.tbe.finding import TBE
 from torchrec_slipstream.tbe.routing import ScaleBags, Side
 from torchrec_slipstream.tbe.sampling import Layout
@@ -47,10 +47,16 @@ class Call:
             **self.more,
         )
 
-    def of_side(self, side: Side) -> Call:
-        """The same for the look-ups of one side."""
+    def of_side(self, side: Side, *, first: bool) -> Call:
+        """The same for the look-ups of one side; only the ``first`` writes into the output that the caller allocated.
+
+        That one holds other TBEs' outputs as well: the second side's, to be added to it, has zeros there.
+        """
         weights = side.of_batch(self.weights) if self.weights is not None else None
-        return replace(self, indices=side.indices, offsets=side.offsets, weights=weights)
+        more = self.more
+        if not first and (shared := more.get("vbe_output")) is not None:
+            more = more | {"vbe_output": torch.zeros_like(shared)}
+        return replace(self, indices=side.indices, offsets=side.offsets, weights=weights, more=more)
 
 
 class Part:
@@ -81,9 +87,9 @@ class Part:
         self._call = call
         self._layout = layout
         self._side = side
-        self._on_cpu = call.indices.device.type == "cpu"
+        self._on_cpu = call.indices.device.type == "cpu"  # where FBGEMM's kernels have other habits
         # The padding behind one side's look-ups has to be cut off.
-        self._is_padded = side is not None and not self._on_cpu
+        self._is_padded = side is not None and side.chosen.is_padded
         self._cuts = cuts
         self._hooked = cuts or (self._is_padded and torch.is_grad_enabled())
         self._samples = samples
@@ -101,6 +107,8 @@ class Part:
         output = self._run_hooked() if self._hooked else self._call.run(self._forward)
         if self._side is not None and self._layout.pooling == PoolingMode.MEAN:
             output = self._part_of_mean(output, self._side.chosen)
+        if self._hooked and output.grad_fn is not None:
+            output = self._with_weight_gradient(output)
         return output
 
     def _run_hooked(self) -> Tensor:
@@ -127,12 +135,17 @@ class Part:
         self._node = output.grad_fn
         if self._is_padded and self._side is not None:
             saved.cut = Beginning(self._side.chosen, self._offsets)
-        if users is not None and users.requires_grad:
-            gradient = weight_gradient(self.tbe, call.feature_requires_grad, call.batch_sizes, call.more)
-            if self._is_padded and self._side is not None:
-                gradient = _without_padding(gradient, self._side.chosen)
-            output = WeightGradient.apply(output, users, gradient)
         return output
+
+    def _with_weight_gradient(self, output: Tensor) -> Tensor:
+        """The output, with a gradient for the per-sample weights: from the bag's whole gradient, as FBGEMM's is."""
+        call = self._call
+        if call.weights is None or not call.weights.requires_grad:
+            return output
+        gradient = weight_gradient(self.tbe, call.feature_requires_grad, call.batch_sizes, call.more)
+        if self._side is not None and self._is_padded:
+            gradient = _without_padding(gradient, self._side.chosen)
+        return WeightGradient.apply(output, call.weights.float(), gradient)
 
     def _part_of_mean(self, output: Tensor, chosen: Compaction) -> Tensor:
         factor = chosen.mean_factor()
@@ -167,7 +180,7 @@ class Part:
                 live = live & valid
             factor = self._side.of_batch(factor) if factor is not None else None
         assert self._offsets is not None
-        self._compaction = compaction = Compaction(live, self._offsets)
+        self._compaction = compaction = Compaction.of(live, self._offsets)
         self._saved.cut = compaction
         self._row_factor = factor
         if factor is not None and self._layout.pooling != PoolingMode.NONE:

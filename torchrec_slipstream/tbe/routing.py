@@ -1,9 +1,20 @@
 """Routing: a batch split between the backing TBE (cold look-ups) and the overlay (hot ones), and their outputs merged.
 
 One gather of the slot words and one compaction a side. On a GPU nothing waits for how many look-ups are hot: both
-sides get tensors as long as the batch, padded with row -1, and offsets that end where theirs do. FBGEMM's forward
-kernels read by the offsets; its cache takes row -1 for a pruned one (``linearize_cache_indices.cu``); its backward
-sorts all it is given, so there the padding is cut off, when the count has long been on the host (``backward.py``).
+sides get tensors as long as the batch, padded with row -1, and offsets that end where theirs do
+(``tbe/compaction.py``). What FBGEMM 1.6.0 and 1.8.0 make of the padding, as read in their source:
+
+* The forward kernels of pooled TBEs, fixed and variable batches, version 2 among them, and those of sequences read and
+  write by the offsets (``embedding_forward_split_kernel*_template.cu``); a sequence's output has a row for every index,
+  those of the padding with whatever stood there. So do the CPU's.
+* FBGEMM's cache takes row -1 for a pruned one (``preparing.py`` says where); a location of padding is -1, a miss.
+* The backward sorts all the indices that it is given (``transpose_embedding_input.cu`` numbers only those within the
+  offsets, and leaves garbage for the rest), so there the padding is cut off, when the count has long been on the host
+  (``Beginning`` in ``backward.py``). Under ``prefetch_pipeline`` FBGEMM has by then overwritten the cache locations
+  with those of the batch's distinct rows in their order (``use_uniq_cache_locations``); the padding counts as one more
+  row, the last, and there are no more rows than look-ups: their beginning is right as well.
+* The gradient of per-sample weights is written by the offsets, into memory that was not cleared
+  (``embedding_backward_split_indice_weights_template.cu``).
 """
 
 from __future__ import annotations
@@ -15,8 +26,8 @@ import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from torch import Tensor
 
-from torchrec_slipstream.staleness.compaction import Compaction
 from torchrec_slipstream.tbe.backward import clipped, scale_bags
+from torchrec_slipstream.tbe.compaction import Compaction
 from torchrec_slipstream.tbe.counting import CheckedBatch
 from torchrec_slipstream.tbe.finding import TBE
 from torchrec_slipstream.tbe.sampling import Layout
@@ -59,7 +70,7 @@ def route(batch: CheckedBatch, words: Tensor) -> tuple[Side, Side]:
 
 
 def _side(batch: CheckedBatch, mine: Tensor, indices: Tensor) -> Side:
-    chosen = Compaction(mine, batch.offsets)
+    chosen = Compaction.of(mine, batch.offsets)
     indices = indices.index_select(0, chosen.padded_positions)
     if (valid := chosen.valid) is not None:
         indices.masked_fill_(~valid, -1)
@@ -67,10 +78,11 @@ def _side(batch: CheckedBatch, mine: Tensor, indices: Tensor) -> Side:
 
 
 def merge(cold_output: Tensor, hot_output: Tensor, cold: Side, hot: Side, layout: Layout) -> Tensor:
-    """The batch's output from those of its two sides; ``cold_output`` is used up."""
+    """The batch's output from those of its two sides."""
     if layout.pooling == PoolingMode.NONE:
         return MergeRows.apply(cold_output, hot_output, cold.chosen, hot.chosen)
-    return cold_output.add_(hot_output)
+    # Not in place: either may be a view (WeightGradient), or the ``vbe_output`` that several TBEs share.
+    return cold_output + hot_output
 
 
 class ScaleBags(torch.autograd.Function):

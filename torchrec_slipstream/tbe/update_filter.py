@@ -72,10 +72,10 @@ class UpdateFilter(LookupCounter):
     def detach(self) -> None:
         """Make the TBE stock again, all rows in it. A backward that is still to come keeps what its forward decided.
 
-        With an overlay no backward may be still to come: it would update hot rows that are back already.
+        With an overlay, one that is still to come is refused: it would update hot rows that are back already.
         """
         if self.overlay is not None:
-            self.overlay.release()
+            self.overlay.release(for_good=True)
         swap_out(self.tbe)
 
     def set_patterns(self, rows: Tensor, patterns: Tensor) -> None:
@@ -178,15 +178,16 @@ class UpdateFilter(LookupCounter):
         cold, hot = route(batch, overlay.words.index_select(0, numbers))
         take_prefetched(tbe, cold)
         with bounds_unchecked(tbe):
-            parts = [self._part(tbe, stock, call.of_side(cold), layout, cold)]
+            parts = [self._part(tbe, stock, call.of_side(cold, first=True), layout, cold)]
             output = parts[0].run()
         overlay.follow()
         if not hot.is_empty:
-            parts.append(self._part(overlay.tbe, overlay.tbe, call.of_side(hot), layout, hot))
+            parts.append(self._part(overlay.tbe, overlay.tbe, call.of_side(hot, first=False), layout, hot))
             output = merge(output, parts[1].run(), cold, hot, layout)
         if torch.is_grad_enabled():
             overlay.hits += hot.bounds.diff()
-            overlay.dirty = True
+            if output.grad_fn is not None:
+                prehook(output.grad_fn, overlay.before_backward())
         return parts, output, batch, numbers if overlay.space.own == self.space.own else None
 
     # ----------------------------------------------------------------------------------------- sampling
