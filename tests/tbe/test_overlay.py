@@ -3,10 +3,8 @@
 Everything runs twice: as on a CPU, and with the padding that a GPU has behind a side's look-ups
 (``tbe/compaction.py``), which FBGEMM's CPU kernels read past as its CUDA kernels do.
 
-Outputs are equal bit for bit where a bag has one look-up, and to the rounding of one more addition otherwise. What a
-row is updated by does not depend on where it is, but FBGEMM's CPU has a kernel of its own, which rounds otherwise, for
-row-wise Adagrad on FP32 tables that one feature alone looks up. The overlay's slots are looked up by all features of
-their dim.
+Outputs are equal bit for bit where a bag has one look-up, and to the rounding of one more addition otherwise; what a
+row is updated by does not depend on where it is.
 """
 
 from __future__ import annotations
@@ -117,17 +115,16 @@ def batches_of(count: int = 9, *, longest: int = 1, bags: Sequence[int] = (7,) *
 def test_equals_stock(
     optimizer: EmbOptimType, pooling: PoolingMode, dtype: SparseType, index_dtype: torch.dtype
 ) -> None:
-    exact = optimizer != EmbOptimType.EXACT_ROWWISE_ADAGRAD or dtype != SparseType.FP32 or pooling == PoolingMode.NONE
     kinds = {"optimizer": optimizer, "pooling": pooling, "dtype": dtype}
     one_each = batches_of(dtype=index_dtype)
-    train(*twins(**kinds), one_each, tolerance=0.0 if exact else 1e-6)
+    train(*twins(**kinds), one_each, tolerance=0.0)
     longer = batches_of(longest=5, dtype=index_dtype)
     rounding = 1e-5 if dtype == SparseType.FP32 or pooling == PoolingMode.SUM else 5e-3
     train(
         *twins(**kinds),
         longer,
         tolerance=0.0 if pooling == PoolingMode.NONE else rounding,
-        states=0.0 if exact and pooling != PoolingMode.MEAN else rounding,
+        states=0.0 if pooling != PoolingMode.MEAN else rounding,
     )
 
 
@@ -156,8 +153,7 @@ def test_weighted_and_variable_batches(
         lookups.weights.requires_grad_(weights_need_gradient)
         if vary:
             variable(lookups)
-    exact = longest == 1 and optimizer != EmbOptimType.EXACT_ROWWISE_ADAGRAD
-    train(*twins(pooling=pooling, optimizer=optimizer), batches, tolerance=0.0 if exact else 1e-5)
+    train(*twins(pooling=pooling, optimizer=optimizer), batches, tolerance=0.0 if longest == 1 else 1e-5)
 
 
 @pytest.mark.usefixtures("padding")
