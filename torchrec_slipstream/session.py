@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, Protocol, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torchrec.distributed.model_parallel import DMPCollection
 
 from torchrec_slipstream.access import AccessProfile
 from torchrec_slipstream.access.live import LiveCounts, has_row_counts
@@ -16,7 +17,7 @@ from torchrec_slipstream.access.merging import Ranks, merge
 from torchrec_slipstream.config import SlipstreamConfig
 from torchrec_slipstream.errors import AttachError, ProfileError, StateError
 from torchrec_slipstream.placement import Placement
-from torchrec_slipstream.placement.hot_rows import HotRows
+from torchrec_slipstream.placement.attaching import attach_hot_rows
 from torchrec_slipstream.placement.slots import planned_overlay_bytes
 from torchrec_slipstream.report.placement import HitPoint, PlacementReport, Replan, TableHits
 from torchrec_slipstream.report.report import Report, TableReport
@@ -48,7 +49,7 @@ class Slipstream:
             ``add_scalar(tag, value, step)``.
         process_group: whose ranks agree on what is stale; default: the model's own if it is a
             ``DistributedModelParallel``, else the default group, else this process alone. All its ranks must
-            attach, and call :meth:`step`, alike.
+            attach, and call :meth:`step`, alike; with a placement or a budget, they wait for each other to attach.
 
     Raises:
         AttachError: the model has no TBE, or one that cannot be filtered, or is attached already; or a table is to be
@@ -78,6 +79,11 @@ class Slipstream:
         if not isinstance(self.config, SlipstreamConfig):
             raise AttachError(f"config must be a SlipstreamConfig, not {type(config).__name__}")
         staleness, access = self.config.staleness, self.config.access
+        if isinstance(model, DMPCollection) and (placement is not None or self.config.placement.hbm_budget is not None):
+            raise AttachError(
+                "a DMPCollection averages its replicas' tables behind the hot rows' back; attach without a placement "
+                "and without hbm_budget, or shard with DistributedModelParallel"
+            )
         found = find_tbes(
             model,
             frozenset(staleness.exclude_tables),
@@ -89,23 +95,22 @@ class Slipstream:
             UpdateFilter(one.counting(lambda shard: has_row_counts(shard, access)), fades=access.half_life is not None)
             for one in found
         ]
+        # Not a method of ours: a session that nobody has any more shall go at once, with its fast memory.
+        total = partial(_sum_over, self._group)
         self._counts = LiveCounts(self._filters, access)
-        self._tracker = StalenessTracker(
-            self._filters, staleness, self._total, self._group_device(), scale=access.scale
-        )
-        self._hot = HotRows(
+        self._tracker = StalenessTracker(self._filters, staleness, total, self._group_device(), scale=access.scale)
+        self._hot = attach_hot_rows(
             self._filters,
             self.config.placement,
             placement,
             rank=dist.get_rank(self._group) if self._group is not None else 0,
             scale=access.scale,
-            total=self._total,
+            total=total,
             group_device=self._group_device(),
         )
         self._writer = writer
         self._began = time.perf_counter()
         self._attached = True
-        self._hot.attach()
         for one in self._filters:
             one.attach()
 
@@ -279,11 +284,6 @@ class Slipstream:
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
 
-    def _total(self, values: Tensor) -> Tensor:
-        if self._group is not None and dist.get_world_size(self._group) > 1:
-            dist.all_reduce(values, group=self._group)
-        return values
-
     def _gather(self, mine: Any) -> list[Any]:
         """Every rank's, by rank."""
         if self._group is None or dist.get_world_size(self._group) == 1:
@@ -298,3 +298,9 @@ class Slipstream:
             for name, table in part.items():
                 summed[name] = summed[name] + table if name in summed else table
         return summed
+
+
+def _sum_over(group: dist.ProcessGroup | None, values: Tensor) -> Tensor:
+    if group is not None and dist.get_world_size(group) > 1:
+        dist.all_reduce(values, group=group)
+    return values

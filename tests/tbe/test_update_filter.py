@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.tables import TBE, Lookups, filtered, make_lookups, make_tbe, set_live, table_states
+from tests.tables import TBE, Lookups, filtered, make_lookups, make_tbe, overlaid, set_live, table_states
 from torchrec_slipstream import AttachError, LookupRangeError
+from torchrec_slipstream.tbe import Sampling
 
 OPTIMIZERS = [EmbOptimType.EXACT_SGD, EmbOptimType.EXACT_ADAGRAD, EmbOptimType.EXACT_ROWWISE_ADAGRAD]
 FEATURES = (0, 1, 1)  # the second table is shared by two features
@@ -355,3 +356,28 @@ def test_inplace_change_before_the_backward_is_refused_as_by_autograd(changed: s
             output.sum().backward()
         for was, now in zip(before, table_states(tbe), strict=True):
             assert torch.equal(was[0], now[0])
+
+
+@pytest.mark.parametrize("pooling", [PoolingMode.SUM, PoolingMode.MEAN, PoolingMode.NONE])
+@pytest.mark.parametrize("samples", [False, True])
+def test_batch_that_the_overlay_serves_alone(pooling: PoolingMode, samples: bool) -> None:
+    """The backing TBE gets a batch without look-ups, of which there is nothing to leave out."""
+    rows = (20, 10)
+    stock, ours = (make_tbe(rows, (8, 8), pooling=pooling) for _ in range(2))
+    live = torch.arange(30) % 3 > 0
+    filtered(stock, live)
+    update_filter = overlaid(ours, {8: 30}, live)
+    overlay = update_filter.overlay
+    assert overlay is not None
+    for place, begin in ((0, 0), (1, 20)):
+        overlay.promote(place, torch.arange(rows[place]), torch.arange(begin, begin + rows[place]))
+    for step in range(3):
+        lookups = make_lookups(rows, (6, 6), seed=step)
+        for tbe in (stock, ours):
+            if samples:
+                tbe._slipstream.sampling = Sampling(scale=1.0, least=0.1)
+            lookups.run(tbe).square().sum().backward()
+    assert int(overlay.hits.sum()) == int(update_filter.lookups.sum()) > 0
+    for want, got in zip(table_states(stock), table_states(ours), strict=True):
+        for a, b in zip(want, got, strict=True):
+            assert torch.equal(a, b)

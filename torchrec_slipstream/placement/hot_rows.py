@@ -13,26 +13,24 @@ from torch import Tensor
 
 from torchrec_slipstream.access.counters import is_counted
 from torchrec_slipstream.config import PlacementConfig
-from torchrec_slipstream.errors import AttachError, StateError
+from torchrec_slipstream.errors import AttachError
+from torchrec_slipstream.placement import saved_rows
 from torchrec_slipstream.placement.migration import Moved, migrate
-from torchrec_slipstream.placement.placement import Placement
+from torchrec_slipstream.placement.placement import Placement, ShardPlacement
 from torchrec_slipstream.placement.replanning import Replanner
 from torchrec_slipstream.placement.slots import (
     first_rows,
     fqn_of,
+    may_be_hot,
     placed_shards,
     slots_of_budget,
     slots_of_placement,
 )
+from torchrec_slipstream.placement.stall import StallLimit
 from torchrec_slipstream.report.placement import HitPoint, Replan, TableHits
-from torchrec_slipstream.tbe import UpdateFilter
+from torchrec_slipstream.tbe import FoundTbe, UpdateFilter
 from torchrec_slipstream.tbe.checkpoint import ReleaseBeforeAccess
 from torchrec_slipstream.tbe.overlay import Overlay, can_hold
-
-# A first move is made to learn what moving costs: of so many chunks.
-_PROBE_CHUNKS = 4
-# Weight of the past in the measured cost of a byte.
-_COST_DECAY = 0.5
 
 
 class HotRows:
@@ -75,61 +73,67 @@ class HotRows:
         self._total = total
         self._group_device = group_device
         self._guards: list[ReleaseBeforeAccess] = []
-        self._whole: set[tuple[int, int]] = set()
         found = [one.found for one in self.filters]
+        planned: list[list[ShardPlacement | None] | None] = [None] * len(found)
         self._first: list[dict[int, Tensor]] = [{} for _ in found]
         slots: list[Counter[int]] = [Counter() for _ in found]
         if config.hbm_budget is not None:
             slots = slots_of_budget(found, int(config.hbm_budget))
         if placement is not None:
-            planned = placed_shards(found, placement, rank)
-            slots = [slots_of_placement(one, plan) for one, plan in zip(found, planned, strict=True)]
-            self._first = [first_rows(one, plan) for one, plan in zip(found, planned, strict=True)]
-            self._whole = {
-                (i, place)
-                for i, plan in enumerate(planned)
-                for place, shard in enumerate(plan)
-                if shard is not None and shard.whole
-            }
-        self._whole |= {
-            (i, place)
-            for i, one in enumerate(found)
-            for place, s in enumerate(one.shards)
-            if s.rows and not can_hold(one, place)
-        }
+            shards = placed_shards(found, placement, rank)
+            slots = [slots_of_placement(one, plan) for one, plan in zip(found, shards, strict=True)]
+            self._first = [first_rows(one, plan) for one, plan in zip(found, shards, strict=True)]
+            planned = list(shards)
+        self._whole = [_whole_shards(one, plan) for one, plan in zip(found, planned, strict=True)]
         self.overlays = [
-            Overlay(one, dims, [(i, place) not in self._whole for place in range(len(one.shards))])
-            if sum(dims.values())
-            else None
-            for i, (one, dims) in enumerate(zip(found, slots, strict=True))
+            Overlay(one, dims, may_be_hot(one, placement, plan)) if sum(dims.values()) else None
+            for one, dims, plan in zip(found, slots, planned, strict=True)
         ]
         self._replanners = [
             Replanner(overlay, one, config) if overlay is not None and config.replan_every else None
             for one, overlay in zip(self.filters, self.overlays, strict=True)
         ]
+        # Features of tables that are in fast memory whole: every look-up is a hit.
+        self._whole_features = [
+            torch.tensor([f for f, t in enumerate(one.feature_table) if whole[t]], dtype=torch.int64).to(one.device)
+            for one, whole in zip(self.filters, self._whole, strict=True)
+        ]
         self._looked_up = 0
         self._points: list[tuple[int, list[Tensor]]] = []
-        self._second_a_byte: float | None = None
-        self._planned_at = time.perf_counter()
+        self._stall = StallLimit(config.max_stall_share, self._chunk_bytes)
 
     def attach(self) -> None:
-        """Fill the overlays with their first rows. Call before the filters are attached."""
-        for one, overlay, rows in zip(self.filters, self.overlays, self._first, strict=True):
-            if overlay is not None:
-                migrate(overlay, rows, self._chunk_bytes)
-                one.overlay = overlay
-                self._guards.append(ReleaseBeforeAccess(one.found, overlay))
-        for replanner in self._replanners:
+        """Fill the overlays with their first rows. Call before the filters are attached. If it fails, nothing has
+        changed."""
+        try:
+            for one, overlay, rows in zip(self.filters, self.overlays, self._first, strict=True):
+                if overlay is not None:
+                    migrate(overlay, rows, self._chunk_bytes)
+                    one.overlay = overlay
+                    self._guards.append(ReleaseBeforeAccess(one.found, overlay))
+        except BaseException:
+            self.withdraw()
+            raise
+        for one, replanner in zip(self.filters, self._replanners, strict=True):
             if replanner is not None:
                 replanner.remember(0)
+                one.followers.append(replanner.lower)
         self._first = []
-        self._planned_at = time.perf_counter()
+        self._stall.restart()
+
+    def withdraw(self) -> None:
+        """Undo :meth:`attach` before any step, and let go of the memory."""
+        self.detach()
+        for one in self.filters:
+            one.overlay = None
 
     def detach(self) -> None:
-        """Give all rows back to their tables, and leave the model's modules as they were. The filters detach first."""
+        """Leave the model's modules as they were. The filters detach first, and with that give all rows back."""
         for guard in self._guards:
             guard.remove()
         self._guards = []
+        for one in self.filters:
+            one.followers.clear()  # which would keep the overlays for as long as the garbage collector likes
 
     @property
     def _chunk_bytes(self) -> int:
@@ -155,10 +159,9 @@ class HotRows:
 
     def _totals(self) -> list[Tensor]:
         hits, lookups = [], []
-        for i, one in enumerate(self.filters):
-            whole = torch.tensor([(i, table) in self._whole for table in one.feature_table])
-            hits.append(one.lookups[whole.to(one.device)].sum() if bool(whole.any()) else one.lookups.new_zeros(()))
-            if (overlay := self.overlays[i]) is not None:
+        for one, overlay, whole in zip(self.filters, self.overlays, self._whole_features, strict=True):
+            hits.append(one.lookups.index_select(0, whole).sum())
+            if overlay is not None:
                 hits[-1] = hits[-1] + overlay.hits.sum()
             lookups.append(one.lookups.sum())
         zero = torch.zeros((), dtype=torch.int64)
@@ -175,11 +178,9 @@ class HotRows:
         active = [one for one in self._replanners if one is not None]
         for replanner in active:
             replanner.observe(counted)
-        most = self._affordable_bytes()
-        proposals = []
-        for replanner in active:
-            proposals.append(replanner.propose(now, most))
-            most -= proposals[-1].bytes
+        asked = sum(replanner.compare(now) for replanner in active)
+        share = min(1.0, self._stall.affordable_bytes() / asked) if asked else 1.0
+        proposals = [replanner.propose(share) for replanner in active]
         lookups = sum(int(one.lookups.sum()) for one in self.filters)
         sums = torch.zeros(3, dtype=torch.float64, device=self._group_device)
         sums[0] = sum(proposal.gain for proposal in proposals)
@@ -197,22 +198,8 @@ class HotRows:
                 replanner.remember(now)
             self._wait()
             seconds = time.perf_counter() - began
-            self._learn_cost(moved.bytes, seconds)
+            self._stall.moved(moved.bytes, seconds)
         self.replans.append(Replan(steps, gain, worth_it, moved.demoted, moved.promoted, moved.bytes, seconds))
-        self._planned_at = time.perf_counter()
-
-    def _affordable_bytes(self) -> float:
-        """Bytes that may move now for the stall to stay within its share of the time since the last re-plan."""
-        if self.config.max_stall_share is None:
-            return float("inf")
-        if self._second_a_byte is None:
-            return float(_PROBE_CHUNKS * self._chunk_bytes)
-        return self.config.max_stall_share * (time.perf_counter() - self._planned_at) / self._second_a_byte
-
-    def _learn_cost(self, moved_bytes: int, seconds: float) -> None:
-        if moved_bytes:
-            cost, past = seconds / moved_bytes, self._second_a_byte
-            self._second_a_byte = cost if past is None else _COST_DECAY * past + (1.0 - _COST_DECAY) * cost
 
     def _wait(self) -> None:
         """Wait for the device, so that the clock tells what moving cost."""
@@ -224,13 +211,13 @@ class HotRows:
     def tables(self) -> dict[str, TableHits]:
         """This rank's part of the report, by table."""
         tables: dict[str, TableHits] = {}
-        for i, (one, overlay) in enumerate(zip(self.filters, self.overlays, strict=True)):
+        for one, overlay, whole in zip(self.filters, self.overlays, self._whole, strict=True):
             lookups = one.lookups.tolist()
             hits = overlay.hits.tolist() if overlay is not None else [0] * len(lookups)
             for place, shard in enumerate(one.shards):
                 features = [f for f, table in enumerate(one.feature_table) if table == place]
                 seen = sum(lookups[f] for f in features)
-                is_whole = (i, place) in self._whole
+                is_whole = whole[place]
                 hot = overlay.hot_rows(place).numel() if overlay is not None else 0
                 hot = shard.rows if is_whole else hot
                 planned = self.placement.tables.get(fqn_of(shard)) if self.placement is not None else None
@@ -251,6 +238,11 @@ class HotRows:
         return [HitPoint(step, int(lookups), int(hits)) for step, (hits, lookups) in self._points]
 
     @property
+    def slots(self) -> int:
+        """How many rows of this rank can be hot."""
+        return sum(pool.slots for overlay in self.overlays if overlay is not None for pool in overlay.pools)
+
+    @property
     def hbm_bytes(self) -> int:
         """Bytes of fast memory that this rank's overlays take."""
         return sum(overlay.hbm_bytes for overlay in self.overlays if overlay is not None)
@@ -259,16 +251,8 @@ class HotRows:
 
     def state_dict(self) -> dict[str, Any]:
         """Which rows are hot, and what the next re-plans depend on; tensors only of this rank's shards."""
-        shards = {}
-        for one, overlay in zip(self.filters, self.overlays, strict=True):
-            for place, shard in enumerate(one.shards):
-                features = [table == place for table in one.feature_table]
-                if overlay is not None:
-                    shards[shard.key] = {"hot": overlay.hot_rows(place), "hits": overlay.hits[features]}
-        return {
+        return saved_rows.of(self.filters, self.overlays, self._replanners) | {
             "config": asdict(self.config),
-            "shards": shards,
-            "replanners": [None if one is None else one.state_dict() for one in self._replanners],
             "replans": [asdict(one) for one in self.replans],
             "points": [asdict(point) for point in self.points()],
             "looked_up": self._looked_up,
@@ -276,61 +260,25 @@ class HotRows:
 
     def check(self, state: dict[str, Any]) -> None:
         """Raise StateError unless :meth:`load_state_dict` can restore ``state``."""
-        if differing := [n for n, value in asdict(self.config).items() if state.get("config", {}).get(n) != value]:
-            raise StateError(
-                f"the saved state was made with another configuration: {differing} differ. Use the same "
-                "PlacementConfig to resume, or start without the session's state."
-            )
-        for one, overlay in zip(self.filters, self.overlays, strict=True):
-            if overlay is None:
-                continue
-            for pool in overlay.pools:
-                hot = 0
-                for place in pool.shards:
-                    shard = one.shards[place]
-                    rows = state.get("shards", {}).get(shard.key, {}).get("hot")
-                    if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.dim() != 1:
-                        raise StateError(f"shard {shard.key}: the saved state does not say which rows are hot")
-                    if rows.numel() and (
-                        int(rows[0]) < 0 or int(rows[-1]) >= shard.rows or not bool((rows.diff() > 0).all())
-                    ):
-                        raise StateError(
-                            f"shard {shard.key}: the saved hot rows are not ascending rows of {shard.rows}"
-                        )
-                    hot += rows.numel()
-                if hot > pool.slots:
-                    tables = ", ".join(sorted({one.shards[place].table for place in pool.shards}))
-                    raise StateError(
-                        f"table(s) {tables}: the saved state has {hot} hot rows, this session's overlay {pool.slots} "
-                        "slots; resume with the placement or the budget that it was saved with"
-                    )
-        saved = state.get("replanners")
-        if not isinstance(saved, list) or len(saved) != len(self._replanners):
-            raise StateError("the saved state of the re-plans does not belong to this model")
-        for replanner, part in zip(self._replanners, saved, strict=True):
-            if replanner is not None:
-                try:
-                    replanner.check(part)
-                except ValueError as error:
-                    raise StateError(
-                        f"the saved state of the re-plans does not belong to this model: {error}"
-                    ) from error
+        saved_rows.check_config(state, self.config)
+        saved_rows.check(state, self.filters, self.overlays, self._replanners)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`check` has passed. The model is loaded already."""
-        for one, overlay in zip(self.filters, self.overlays, strict=True):
-            if overlay is None:
-                continue
-            wanted = {}
-            for place, shard in enumerate(one.shards):
-                saved = state["shards"][shard.key]
-                if overlay.space.own[place]:
-                    wanted[place] = saved["hot"].to(one.device)
-                overlay.hits[[table == place for table in one.feature_table]] = saved["hits"].to(one.device)
-            migrate(overlay, wanted, self._chunk_bytes)
-        for replanner, part in zip(self._replanners, state["replanners"], strict=True):
-            if replanner is not None:
-                replanner.load_state_dict(part)
+        saved_rows.load(state, self.filters, self.overlays, self._replanners, self._chunk_bytes)
         self.replans = [Replan(**one) for one in state["replans"]]
         self._points = [(p["step"], [torch.tensor(p["hits"]), torch.tensor(p["lookups"])]) for p in state["points"]]
         self._looked_up = state["looked_up"]
+        self._stall.restart()
+
+
+def _whole_shards(found: FoundTbe, planned: Sequence[ShardPlacement | None] | None) -> list[bool]:
+    """Which shards are in fast memory whole, or are planned so (on a CPU, which has none)."""
+    return [
+        (shard.rows > 0 and not can_hold(found, place)) or (planned is not None and _is_whole(planned[place]))
+        for place, shard in enumerate(found.shards)
+    ]
+
+
+def _is_whole(planned: ShardPlacement | None) -> bool:
+    return planned is not None and planned.whole

@@ -37,6 +37,22 @@ class Proposal:
     bytes: int = 0
 
 
+@dataclass
+class _Exchange:
+    """Of a pool's rows: bool ``[rows]``, which are ``hot``; float32 ``[rows]``, their ``worth``; int64 ``[n]``, those
+    that should come and leave; and how many slots are ``free``."""
+
+    hot: Tensor
+    worth: Tensor
+    coming: Tensor
+    leaving: Tensor
+    free: int
+
+    @property
+    def moves(self) -> int:
+        return self.coming.numel() + self.leaving.numel()
+
+
 class _PoolPlanner:
     """Re-plans the rows of one pool: those of its shards whose rows are counted one by one."""
 
@@ -55,7 +71,8 @@ class _PoolPlanner:
     def observe(self, steps: int) -> None:
         self.forecast.observe(self._of_rows(self.counter.touches, [s.row_begin for s in self.counter.shards]), steps)
 
-    def propose(self, config: PlacementConfig, now: int, most_bytes: float) -> Proposal:
+    def compare(self, config: PlacementConfig, now: int) -> _Exchange:
+        """Which rows should come and leave, if nothing limits how many."""
         pool, overlay = self.pool, self.overlay
         hot = self._of_rows(overlay.words, overlay.space.begins) >= 0
         others = int(overlay.taken(pool).sum()) - int(hot.sum())
@@ -68,19 +85,36 @@ class _PoolPlanner:
         chosen &= hot | (worth > margin)
         coming, leaving = positions_of(chosen & ~hot), positions_of(hot & ~chosen)
         free = pool.slots - others - int(hot.sum())
-        coming, leaving = _of_most_gain(worth, coming, leaving, free, most_bytes / pool.row_bytes)
-        chosen = hot
+        return _Exchange(hot, worth, *_of_most_gain(worth, coming, leaving, free, float("inf")), free)
+
+    def propose(self, exchange: _Exchange, share: float) -> Proposal:
+        """The exchange, or the ``share`` of its moves that gains most."""
+        worth, chosen = exchange.worth, exchange.hot
+        most = share * exchange.moves if share < 1.0 else float("inf")
+        coming, leaving = _of_most_gain(worth, exchange.coming, exchange.leaving, exchange.free, most)
         chosen[coming], chosen[leaving] = True, False
         wanted = {}
         for place, begin, end in zip(self.places, self.begins[:-1], self.begins[1:], strict=True):
             wanted[place] = positions_of(chosen[begin:end])
         gain = float(worth[coming].double().sum() - worth[leaving].double().sum())
-        return Proposal(wanted, gain, (coming.numel() + leaving.numel()) * pool.row_bytes)
+        return Proposal(wanted, gain, (coming.numel() + leaving.numel()) * self.pool.row_bytes)
 
     def remember(self, now: int) -> None:
         """Call after the move: which rows are new to their slots."""
         self.since[self.pool.owner != self._owner] = now
         self._owner = self.pool.owner.clone()
+
+    def since_of_hot(self) -> Tensor:
+        """int32 ``[n]``, since which re-plan each hot row is so, in the order of the rows: slots are nobody's."""
+        return self.since[self._slots_of_hot()]
+
+    def load_since(self, since: Tensor) -> None:
+        """Restore :meth:`since_of_hot`."""
+        self.since[self._slots_of_hot()] = since.to(self.since.device)
+
+    def _slots_of_hot(self) -> Tensor:
+        parts = [self.overlay.slots_of(place, self.overlay.hot_rows(place)) for place in self.places]
+        return torch.cat(parts)
 
     def lower(self, rows: Tensor, taken: Tensor) -> None:
         """Follow the counter's ``lower_high``."""
@@ -133,21 +167,27 @@ class Replanner:
         self.config = config
         self._pools = [_PoolPlanner(overlay, pool, counter) for pool in overlay.pools if pool.slots]
         self._pools = [pool for pool in self._pools if pool.places]
-        counter.followers.append(self._lower)
+        self._exchanges: list[_Exchange] = []
 
     def observe(self, steps: int) -> None:
         """Take in the counts of a window of which ``steps`` steps were counted."""
         for pool in self._pools:
             pool.observe(steps)
 
-    def propose(self, now: int, most_bytes: float) -> Proposal:
-        """What to move in re-plan number ``now``, of at most so many bytes."""
+    def compare(self, now: int) -> int:
+        """Find what should move in re-plan number ``now``; its bytes. :meth:`propose` has to follow."""
+        self._exchanges = [pool.compare(self.config, now) for pool in self._pools]
+        return sum(one.moves * pool.pool.row_bytes for one, pool in zip(self._exchanges, self._pools, strict=True))
+
+    def propose(self, share: float = 1.0) -> Proposal:
+        """What was found, or of each pool's moves the ``share`` that gains most: none has to wait for the others."""
         whole = Proposal()
-        for pool in self._pools:
-            part = pool.propose(self.config, now, most_bytes - whole.bytes)
+        for pool, exchange in zip(self._pools, self._exchanges, strict=True):
+            part = pool.propose(exchange, share)
             whole.wanted |= part.wanted
             whole.gain += part.gain
             whole.bytes += part.bytes
+        self._exchanges = []
         return whole
 
     def remember(self, now: int) -> None:
@@ -155,26 +195,30 @@ class Replanner:
         for pool in self._pools:
             pool.remember(now)
 
-    def _lower(self, rows: Tensor, taken: Tensor) -> None:
+    def lower(self, rows: Tensor, taken: Tensor) -> None:
+        """Follow the counter's ``lower_high``; one of its ``followers``."""
         for pool in self._pools:
             pool.lower(rows, taken)
 
     def state_dict(self) -> list[dict[str, Tensor]]:
         """What it has learnt, a pool at a time; tensors of its own, not copies."""
-        return [pool.forecast.state_dict() | {"since": pool.since} for pool in self._pools]
+        return [pool.forecast.state_dict() | {"since": pool.since_of_hot()} for pool in self._pools]
 
-    def check(self, state: Any) -> None:
-        """Raise ValueError unless :meth:`load_state_dict` can restore ``state``."""
+    def check(self, state: Any, hot: Mapping[int, int]) -> None:
+        """Raise ValueError unless :meth:`load_state_dict` can restore ``state``, which has so many ``hot`` rows by the
+        place of a shard."""
         if not isinstance(state, list) or len(state) != len(self._pools):
             raise ValueError(f"it has not the {len(self._pools)} pools of this model")
-        for saved, pool in zip(state, self.state_dict(), strict=True):
-            for name, tensor in pool.items():
-                if not isinstance(saved, Mapping) or name not in saved or saved[name].shape != tensor.shape:
-                    raise ValueError(f"{name} is missing or of another shape than {list(tensor.shape)}")
+        for saved, pool in zip(state, self._pools, strict=True):
+            shapes = {name: list(tensor.shape) for name, tensor in pool.forecast.state_dict().items()}
+            shapes["since"] = [sum(hot[place] for place in pool.places)]
+            for name, shape in shapes.items():
+                if not isinstance(saved, Mapping) or name not in saved or list(saved[name].shape) != shape:
+                    raise ValueError(f"{name} is missing or of another shape than {shape}")
 
     def load_state_dict(self, state: list[dict[str, Tensor]]) -> None:
-        """Restore what :meth:`check` has passed; the rows are in their slots already."""
+        """Restore what :meth:`check` has passed; the rows are in slots already, though not in those they had."""
         for saved, pool in zip(state, self._pools, strict=True):
             pool.forecast.load_state_dict(saved)
             pool.remember(0)
-            pool.since.copy_(saved["since"])
+            pool.load_since(saved["since"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +43,11 @@ def placed_shards(found: Sequence[FoundTbe], placement: Placement, rank: int) ->
                     f"table {shard.table}: the placement has a shard of {plan.rows} x {plan.columns} at row "
                     f"{shard.row_offset}, the model one of {shard.rows} x {shard.dim}; plan again for this model"
                 )
+            if plan is not None and not _are_rows_of(plan):
+                raise AttachError(
+                    f"table {shard.table}: the hot rows of the placement's shard at row {shard.row_offset} are not "
+                    f"ascending rows of its {shard.rows}; plan again, or give ShardPlacement.hot_rows so"
+                )
         matched.append(mine)
     if missing := [key for key, shard in planned.items() if len(shard.hot_rows)]:
         table, row, column = missing[0]
@@ -52,6 +58,27 @@ def placed_shards(found: Sequence[FoundTbe], placement: Placement, rank: int) ->
             "together with this model's sharding"
         )
     return matched
+
+
+def _are_rows_of(plan: ShardPlacement) -> bool:
+    rows = plan.hot_rows
+    return not len(rows) or bool(rows[0] >= 0 and rows[-1] < plan.rows and (np.diff(rows) > 0).all())
+
+
+def may_be_hot(
+    found: FoundTbe, placement: Placement | None, planned: Sequence[ShardPlacement | None] | None
+) -> list[bool]:
+    """For each shard, whether it gets slot words.
+
+    Of a placement, those that it counted them for: of tables with hot rows. Without one those whose rows are counted,
+    as the others would never be found hot.
+    """
+    if placement is None or planned is None:
+        return [shard.counted and can_hold(found, place) for place, shard in enumerate(found.shards)]
+    return [
+        plan is not None and not plan.whole and placement.tables[plan.table].hot_rows > 0 and can_hold(found, place)
+        for place, plan in enumerate(planned)
+    ]
 
 
 def slots_of_placement(found: FoundTbe, planned: Sequence[ShardPlacement | None]) -> Counter[int]:
@@ -93,24 +120,32 @@ def slots_of_budget(found: Sequence[FoundTbe], budget: int) -> list[Counter[int]
     """Slots by dim for each TBE: the budget shared out by the bytes of the tables that can have hot rows.
 
     Raises:
-        AttachError: the budget does not even hold the slot words.
+        AttachError: the budget is too small for a hot row.
     """
-    places = [(i, place) for i, one in enumerate(found) for place in range(len(one.shards)) if can_hold(one, place)]
     rows: Counter[tuple[int, int]] = Counter()
     size: dict[tuple[int, int], int] = {}
-    for i, place in places:
-        key = i, found[i].shards[place].dim
-        rows[key] += found[i].shards[place].rows
-        size[key] = row_bytes_of(found[i].tbe, place)
-    words = SLOT_WORD_BYTES * sum(rows.values())
-    if budget <= words and places:
-        raise AttachError(
-            f"hbm_budget={budget} ({format_bytes(budget)}) leaves nothing for hot rows: the slot words of the "
-            f"{sum(rows.values()):,} rows that can be hot on this rank take {format_bytes(words)}. Give more"
-        )
-    whole = sum(rows[key] * size[key] for key in rows)
-    share = min(1.0, (budget - words) / max(1, whole))
+    others = 0
+    for i, one in enumerate(found):
+        for place, wanted in enumerate(may_be_hot(one, None, None)):
+            if not wanted:
+                others += 1  # whose rows share a slot word
+            else:
+                key = i, one.shards[place].dim
+                rows[key] += one.shards[place].rows
+                size[key] = row_bytes_of(one.tbe, place)
     slots: list[Counter[int]] = [Counter() for _ in found]
+    if not rows:
+        return slots
+    words = SLOT_WORD_BYTES * (others + sum(rows.values()))
+    whole = sum(rows[key] * size[key] for key in rows)
+    share = min(1.0, max(0, budget - words) / whole)
     for (i, dim), count in rows.items():
         slots[i][dim] = int(count * share)
+    if not any(sum(dims.values()) for dims in slots):
+        raise AttachError(
+            f"hbm_budget={budget} ({format_bytes(budget)}) leaves nothing for hot rows: the slot words of the "
+            f"{sum(rows.values()):,} rows that can be hot on this rank take {format_bytes(words)}, and a row takes "
+            f"{min(size.values())} bytes or more. Give more than {format_bytes(words + whole // 100)}, for a hundredth "
+            "of the rows"
+        )
     return slots

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import reduce
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -135,11 +136,11 @@ class PlacementReport:
         draw(self, path)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, fit for JSON."""
+        """Plain numbers and strings, fit for JSON; None where there were no look-ups to take a share of."""
         total = self.total
         return {
-            "hit_rate": total.hit_rate,
-            "predicted_hit_rate": self.predicted_hit_rate,
+            "hit_rate": _known(total.hit_rate),
+            "predicted_hit_rate": _known(self.predicted_hit_rate),
             "hbm_bytes": self.hbm_bytes,
             "predicted_bytes": self.predicted_bytes,
             "step_ms": self.step_ms,
@@ -147,7 +148,10 @@ class PlacementReport:
             "seconds": self.seconds,
             "moved_rows": self.moved_rows,
             "stall_share": self.stall_share,
-            "tables": {name: asdict(table) | {"hit_rate": table.hit_rate} for name, table in self.tables.items()},
+            "tables": {
+                name: asdict(table) | {"hit_rate": _known(table.hit_rate), "predicted": _known(table.predicted)}
+                for name, table in self.tables.items()
+            },
             "points": [asdict(point) for point in self.points],
             "replans": [asdict(one) for one in self.replans],
         }
@@ -170,10 +174,10 @@ class PlacementReport:
         head = f"{'table':<{width}}  {columns}"
         lines = [head, "-" * len(head)]
         for name, t in [*self.tables.items(), ("all tables", self.total)]:
-            predicted = "-" if t.predicted is None else f"{t.predicted:.1%}"
+            hits, predicted = (_percent(_known(rate)) for rate in (t.hit_rate, t.predicted))
             lines.append(
                 f"{name:<{width}}  {t.rows:>11,}  {t.hot_rows:>11,}  {format_bytes(t.hot_bytes):>9}  {t.lookups:>13,}  "
-                f"{t.hit_rate:>7.1%}  {predicted:>9}"
+                f"{hits:>7}  {predicted:>9}"
             )
         lines.append("")
         memory = f"fast memory for hot rows and slot words: {format_bytes(self.hbm_bytes)}"
@@ -196,3 +200,11 @@ class PlacementReport:
             shown = rates[:: max(1, len(rates) // 8)]
             lines.append("hit rate at step " + ", ".join(f"{step:,}: {rate:.1%}" for step, rate in shown))
         return "\n".join(lines)
+
+
+def _known(rate: float | None) -> float | None:
+    return None if rate is None or isnan(rate) else rate
+
+
+def _percent(rate: float | None) -> str:
+    return "-" if rate is None else f"{rate:.1%}"

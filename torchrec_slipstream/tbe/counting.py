@@ -88,7 +88,7 @@ class LookupCounter:
     @property
     def element_size(self) -> int:
         """Bytes of one weight."""
-        return self.tbe.split_embedding_weights()[0].element_size()
+        return max(1, self.tbe.weights_precision.bit_rate() // 8)
 
     def optimizer_bytes(self, dim: int) -> int:
         """Bytes of optimizer state of a row of ``dim`` values; of an optimizer that we do not know, Adam's."""
