@@ -16,7 +16,7 @@ many rows. All have seen the same first part of the trace when the look-ups afte
 ``over_time``    the same, by interval.
 ``copy_ratio``   bytes a second of the run's own moves, over those of ``index_select`` and ``index_copy_`` of the same
                  rows, table by table, in turns: medians. ``write_ratio``: over ``index_copy_`` alone, of values that
-                 lie ready.
+                 lie ready. ``large_move``: both, for one move of 40,000 rows each way (``benchmarks/large_move.py``).
 ``stall_share``  of run time, all that training waits for at a re-plan: taking in the counts, deciding, moving.
                  ``move_share`` is of the moving alone, as the session reports it.
 """
@@ -33,6 +33,7 @@ import numpy.typing as npt
 
 from benchmarks import harness
 from benchmarks.harness import Row, Timing
+from benchmarks.large_move import time_large_move
 from benchmarks.replan_rates import Comparison
 from benchmarks.replan_run import Run, time_moves, train
 from benchmarks.traces import Trace, TraceTable, _assemble, read_trace
@@ -128,6 +129,13 @@ def measure(args: argparse.Namespace, trace: Trace) -> tuple[dict[str, Any], lis
         result["copy_ratio"] = timings["index_copy"].p50 / timings["migrate"].p50
         result["write_ratio"] = timings["write_alone"].p50 / timings["migrate"].p50
         result["bytes_a_second"] = {name: copied / timing.p50 for name, timing in timings.items()}
+        large, copied = time_large_move(rounds=args.rounds)
+        result["large_move"] = {
+            "copy_ratio": large["index_copy"].p50 / large["migrate"].p50,
+            "write_ratio": large["write_alone"].p50 / large["migrate"].p50,
+            "bytes_a_second": copied / large["migrate"].p50,
+        }
+        timings |= {f"large_{name}": timing for name, timing in large.items()}
     return result, rows_of(result, waited, timings)
 
 
@@ -152,7 +160,8 @@ def rows_of(result: dict[str, Any], waited: Floats, timings: dict[str, Timing]) 
     ]
     rows.append(Row("replan.stall", "ours", known, Timing(tuple(1e3 * waited)), "ms", costs))
     for name, timing in timings.items():
-        quality = {"bytes_a_second": result["bytes_a_second"][name], "copy_ratio": result["copy_ratio"]}
+        of = result["large_move"] if name.startswith("large_") else result
+        quality = {"copy_ratio": of["copy_ratio"], "write_ratio": of["write_ratio"]}
         rows.append(Row("replan.copy", name, known, Timing(tuple(1e3 * s for s in timing.samples)), "ms", quality))
     return rows
 
@@ -191,6 +200,11 @@ def show(result: dict[str, Any]) -> str:
         lines.append(
             f"rows moved at {result['bytes_a_second']['migrate'] / 1e6:.0f} MB/s: {result['copy_ratio']:.2f} of what "
             f"index_select and index_copy_ do, {result['write_ratio']:.2f} of index_copy_ alone"
+        )
+        large = result["large_move"]
+        lines.append(
+            f"80,000 rows at once at {large['bytes_a_second'] / 1e6:.0f} MB/s: {large['copy_ratio']:.2f} and "
+            f"{large['write_ratio']:.2f}"
         )
     return "\n".join(lines)
 

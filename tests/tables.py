@@ -130,13 +130,14 @@ def move_rows(overlay: Overlay, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for place, pool in overlay.pool_of.items():
         hot = overlay.hot_rows(place)
-        overlay.demote(place, hot[(torch.rand(len(hot), generator=generator) < 0.5).to(hot.device)])
+        begin = overlay.space.begins[place]
+        overlay.demote(pool, hot[(torch.rand(len(hot), generator=generator) < 0.5).to(hot.device)] + begin)
         rows = torch.randperm(overlay.shards[place].rows, generator=generator).to(hot.device)
         rows = rows[overlay.slots_of(place, rows) < 0]
         free = positions_of(~overlay.taken(pool))
         free = free[torch.randperm(len(free), generator=generator).to(hot.device)]
         count = min(len(rows), 1 + len(free) // 2, len(free))
-        overlay.promote(place, rows[:count], free[:count])
+        overlay.promote(pool, rows[:count].sort().values + begin, free[:count])
 
 
 def table_states(tbe: TBE) -> list[list[Tensor]]:

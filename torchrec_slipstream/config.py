@@ -211,9 +211,9 @@ class PlacementConfig:
     """Re-plans that a row which became hot stays so, whatever its traffic; at least 1: it may go at the next."""
 
     max_stall_share: float | None = 0.01
-    """Largest share of run time that moving rows may take, in ``(0, 1]``, by the measured cost of a byte: a re-plan
-    moves the rows of most gain first and leaves the others to the next. None: no limit, and runs repeat exactly, since
-    no clock has a say."""
+    """Largest share of run time that re-plans may take, in ``(0, 1]``, to decide and to move, by measured costs: one
+    moves the rows of most gain first and leaves the others to the next, and one that has not been saved up for is left
+    out. None: no limit, and runs repeat exactly, since no clock has a say."""
 
     chunk_bytes: int | str = "16MiB"
     """Rows are moved in parts of so many bytes, which bounds the memory that a move takes besides."""

@@ -183,7 +183,7 @@ def test_it_ends_with_one_json_line_and_appends_to_the_csv(tmp_path: Path, capsy
     assert result["parameters"]["first_scored_step"] == 16
     assert picture.read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader(path.open(newline="")))
-    assert [row["question"] for row in rows] == ["replan.hit_rate"] * 6 + ["replan.stall"] + ["replan.copy"] * 3
+    assert [row["question"] for row in rows] == ["replan.hit_rate"] * 6 + ["replan.stall"] + ["replan.copy"] * 6
     by_provider = {row["provider"]: float(row["p50"]) for row in rows[:6]}
     assert by_provider == pytest.approx(result["hit_rate"], rel=1e-4)
 

@@ -28,7 +28,7 @@ ROWS, BAGS = 60, 6
 # By the last part of a table's name: look-ups a bag at most, and dim, so that overlays have pools of both.
 LONGEST = {"one": 1, "many": 3}
 DIMS = {"one": 16, "many": 8}
-Batch = tuple[KeyedJaggedTensor, KeyedJaggedTensor, KeyedJaggedTensor]
+Batch = tuple[KeyedJaggedTensor, ...]
 
 
 class Mixed(nn.Module):
@@ -40,32 +40,35 @@ class Mixed(nn.Module):
     def __init__(self, groups: Sequence[str] = POOLED + WEIGHTED + SEQUENCES) -> None:
         super().__init__()
         pooled, weighted = ([_pooled(g, b) for g in of if g in groups for b in LONGEST] for of in (POOLED, WEIGHTED))
-        self.bags = EmbeddingBagCollection(device=META, tables=pooled)
-        self.weighted = EmbeddingBagCollection(device=META, is_weighted=True, tables=weighted)
-        self.sequences = EmbeddingCollection(
-            device=META,
-            tables=[
-                EmbeddingConfig(name=g, embedding_dim=DIMS["many"], num_embeddings=ROWS, feature_names=[f"f_{g}"])
-                for g in SEQUENCES
-                if g in groups
-            ],
-        )
+        sequences = [
+            EmbeddingConfig(name=g, embedding_dim=DIMS["many"], num_embeddings=ROWS, feature_names=[f"f_{g}"])
+            for g in SEQUENCES
+            if g in groups
+        ]
+        self.bags = EmbeddingBagCollection(device=META, tables=pooled) if pooled else None
+        self.weighted = EmbeddingBagCollection(device=META, is_weighted=True, tables=weighted) if weighted else None
+        self.sequences = EmbeddingCollection(device=META, tables=sequences) if sequences else None
         self.tables = [config.name for module in self.collections() for config in _configs(module)]
 
-    def collections(self) -> tuple[EmbeddingBagCollection, EmbeddingBagCollection, EmbeddingCollection]:
-        return self.bags, self.weighted, self.sequences
+    def collections(self) -> list[EmbeddingBagCollection | EmbeddingCollection]:
+        return [one for one in (self.bags, self.weighted, self.sequences) if one is not None]
 
-    def forward(self, bags: KeyedJaggedTensor, weighted: KeyedJaggedTensor, sequences: KeyedJaggedTensor) -> Tensor:
-        rows = [jagged.values().sum(dim=0) for jagged in self.sequences(sequences).values()]
-        pooled = torch.cat([self.bags(bags).values(), self.weighted(weighted).values()], dim=1)
-        return torch.cat([pooled, torch.cat(rows).expand(len(pooled), -1)], dim=1)
+    def forward(self, *batch: KeyedJaggedTensor) -> Tensor:
+        outputs = []
+        for module, features in zip(self.collections(), batch, strict=True):
+            if module is self.sequences:
+                rows = [jagged.values().sum(dim=0) for jagged in module(features).values()]
+                outputs.append(torch.cat(rows).expand(BAGS, -1))
+            else:
+                outputs.append(module(features).values())
+        return torch.cat(outputs, dim=1)
 
     def shardings(self) -> dict[str, str]:
         """What ``tests.models.sharded`` wants."""
         return {name: SHARDINGS[name.split("_")[0]] for name in self.tables}
 
-    def batches(self, steps: int, rank: int, *, longest: int = 3) -> Iterator[Batch]:
-        """Skewed bags, seeded by step and rank; ``longest`` bounds those of tables called many."""
+    def batches(self, steps: int, rank: int) -> Iterator[Batch]:
+        """Skewed bags, seeded by step and rank."""
         for step in range(steps):
             generator = torch.Generator().manual_seed(1000 * rank + step)
             parts = []
@@ -73,14 +76,14 @@ class Mixed(nn.Module):
                 names = [config.name for config in _configs(module)]
                 lengths, values = [], []
                 for name in names:
-                    most = min(longest, LONGEST.get(name.rsplit("_", 1)[1], 3))
+                    most = LONGEST.get(name.rsplit("_", 1)[1], 3)
                     lengths.append(torch.randint(0, most + 1, (BAGS,), generator=generator))
                     draws = torch.rand(int(lengths[-1].sum()), generator=generator)
                     values.append((ROWS**draws).long().clamp(max=ROWS) - 1)
                 weights = torch.rand(sum(map(len, values)), generator=generator) if module is self.weighted else None
                 keys = [f"f_{name}" for name in names]
                 parts.append(KeyedJaggedTensor(keys, torch.cat(values), weights=weights, lengths=torch.cat(lengths)))
-            yield parts[0], parts[1], parts[2]
+            yield tuple(parts)
 
 
 def _pooled(group: str, bags: str) -> EmbeddingBagConfig:

@@ -74,7 +74,7 @@ def test_two_ranks_move_their_own_rows(tmp_path: Path) -> None:
     result = json.loads(out.read_text())
     report = PlacementReport.from_dict(result["slipstream"]["placement"])
     assert report.total.lookups == 16_000 * 8 // 10 // 128 * 128 * 26, "of both ranks"
-    assert len(report.replans) == 10
+    assert report.replans, "the first is made whatever it costs"
     assert result["slipstream"]["skipped_share"] > 0
 
 

@@ -231,8 +231,8 @@ def test_rows_that_come_back_before_the_forward(backing: str) -> None:
             tbe.prefetch(lookups.indices, lookups.offsets)
         for again in range(3):
             move_rows(overlay, 10 * number + again)
-        for place in overlay.pool_of:
-            overlay.demote(place, overlay.hot_rows(place))
+        for place, pool in overlay.pool_of.items():
+            overlay.demote(pool, overlay.hot_rows(place) + overlay.space.begins[place])
         step(stock, ours, lookups, tolerance=1e-5, seed=number)
     assert_same_states(ours, stock, 1e-5)
 

@@ -59,7 +59,7 @@ def test_no_copy_of_a_table_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     overlay = update_filter.overlay
     assert overlay is not None
     guard = ReleaseBeforeAccess(update_filter.found, overlay)
-    overlay.promote(0, torch.arange(0, rows, 2), torch.arange(rows // 2))
+    overlay.promote(overlay.pools[0], torch.arange(0, rows, 2), torch.arange(rows // 2))
     lookups = make_lookups((rows,), (50,), seed=1)
     for _ in range(2):
         lookups.run(tbe).square().sum().backward()

@@ -90,8 +90,8 @@ class _FailsAt(TorchDispatchMode):
 
 
 def demote(overlay: Overlay) -> None:
-    for place in overlay.pool_of:
-        overlay.demote(place, overlay.hot_rows(place)[::2])
+    for place, pool in overlay.pool_of.items():
+        overlay.demote(pool, overlay.hot_rows(place)[::2] + overlay.space.begins[place])
 
 
 def promote(overlay: Overlay) -> None:
@@ -99,7 +99,7 @@ def promote(overlay: Overlay) -> None:
         rows = torch.arange(overlay.shards[place].rows)
         cold, free = rows[overlay.slots_of(place, rows) < 0], positions_of(~overlay.taken(pool))
         count = min(len(cold), len(free), 3)
-        overlay.promote(place, cold[:count], free[:count])
+        overlay.promote(pool, cold[:count] + overlay.space.begins[place], free[:count])
 
 
 def flush_and_promote(overlay: Overlay) -> None:

@@ -369,8 +369,7 @@ def test_batch_that_the_overlay_serves_alone(pooling: PoolingMode, samples: bool
     update_filter = overlaid(ours, {8: 30}, live)
     overlay = update_filter.overlay
     assert overlay is not None
-    for place, begin in ((0, 0), (1, 20)):
-        overlay.promote(place, torch.arange(rows[place]), torch.arange(begin, begin + rows[place]))
+    overlay.promote(overlay.pools[0], torch.arange(30), torch.arange(30))
     for step in range(3):
         lookups = make_lookups(rows, (6, 6), seed=step)
         for tbe in (stock, ours):

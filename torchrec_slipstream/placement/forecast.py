@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchrec_slipstream.tbe.compaction import positions_of
+
 # How much of a row's look-ups is left after one more window: recent, and lasting.
 _FADE = (0.5 ** (1 / 1.5), 0.5 ** (1 / 32))
 # And of what was learnt: the mixtures, and the corrections, which are less steady.
@@ -62,6 +64,11 @@ class Forecast:
         # By class: rows times steps, look-ups that were forecast before correction, look-ups that came.
         self._tally = torch.zeros(3, tables, _CLASSES, dtype=torch.float64)
 
+    @property
+    def was_seen(self) -> Tensor:
+        """bool ``[rows]``, which rows have been looked up so far."""
+        return self.before != 0
+
     def observe(self, touches: Tensor, steps: int) -> None:
         """Take in the running access counts, int32 ``[rows]``, at a re-plan moment.
 
@@ -73,9 +80,13 @@ class Forecast:
         mixture = self._mixture.float().T.to(device)
         moments = torch.zeros(len(self.begins) - 1, 2, 3, dtype=torch.float64, device=device)
         tally = torch.zeros(3, self._tally[0].numel(), dtype=torch.int64, device=device)
-        for piece in self._pieces():
-            rows = slice(piece.begin, piece.end)
-            came = (touches[rows] - self.before[rows]).clamp_(min=0)
+        # Rows that were never looked up know nothing but that: they are told by their number alone.
+        seen = positions_of(touches != 0)
+        tally[0].view(-1, _CLASSES)[:, 0] = self._unlisted(seen)
+        for piece in self._pieces(seen):
+            rows = piece.rows
+            now = touches.index_select(0, rows)
+            came = (now - self.before.index_select(0, rows)).clamp_(min=0)
             if known:
                 recent, lasting = self._rates(rows)
                 # A count varies by as much as it is; where few look-ups were seen, by that of one.
@@ -92,9 +103,9 @@ class Forecast:
                 for sums, part in zip(tally, (torch.ones_like(place), forecast, came.long()), strict=True):
                     sums.scatter_add_(0, place, part)
             for roots, fade in zip((self.recent, self.lasting), _FADE, strict=True):
-                faded = roots[rows].float().square_().mul_(fade).add_(came)
-                roots[rows] = faded.clamp_(min=_TINY).sqrt_()
-        self.before.copy_(touches)
+                faded = roots.index_select(0, rows).float().square_().mul_(fade).add_(came)
+                roots.index_copy_(0, rows, faded.clamp_(min=_TINY).sqrt_().half())
+            self.before.index_copy_(0, rows, now)
         if known:
             self._normal = self._normal * _KEEP_MIXTURE + moments.flatten(1)[:, [0, 1, 4, 2, 5]].cpu()
             self._mixture = _solve(self._normal)
@@ -102,18 +113,21 @@ class Forecast:
             self._tally = self._tally * _KEEP_CORRECTION + tally.view_as(self._tally).cpu() * unit[:, None, None]
         self._steps = self._steps * torch.tensor(_FADE, dtype=torch.float64) + steps
 
-    def worth(self) -> Tensor:
-        """float32 ``[rows]``, look-ups a step that each row can expect until the next re-plan."""
+    def worth(self, of_rows: Tensor | None = None) -> Tensor:
+        """float32 ``[n]``, look-ups a step that rows (int64 ``[n]``, ascending; None: all) can expect until the next
+        re-plan."""
         device = self.before.device
-        worth = torch.zeros(self.begins[-1], dtype=torch.float32, device=device)
+        if of_rows is None:
+            of_rows = torch.arange(self.begins[-1], device=device)
+        worth = torch.zeros(of_rows.numel(), dtype=torch.float32, device=device)
         if not self._steps[1]:
             return worth
         exposure, forecast, came = self._tally
         mixture = self._mixture.float().T.to(device)
         unseen = (came[:, 0] / exposure[:, 0].clamp(min=1)).float().to(device)
         corrections = ((_blurred(came) + _PRIOR) / (_blurred(forecast) + _PRIOR)).float().view(-1).to(device)
-        for piece in self._pieces():
-            recent, lasting = self._rates(slice(piece.begin, piece.end))
+        for piece in self._pieces(of_rows):
+            recent, lasting = self._rates(piece.rows)
             tables = piece.table_of_rows(device)
             mixed = _mix(recent, lasting, mixture, tables)
             place = self._place(mixed)
@@ -122,7 +136,7 @@ class Forecast:
             at -= low
             low.add_(tables, alpha=_CLASSES)
             correction = torch.lerp(corrections.index_select(0, low), corrections.index_select(0, low.add_(1)), at)
-            worth[piece.begin : piece.end] = torch.where(
+            worth[piece.begin : piece.begin + piece.rows.numel()] = torch.where(
                 place < 1, unseen.index_select(0, tables), mixed.mul_(correction)
             )
         return worth
@@ -146,19 +160,25 @@ class Forecast:
         for name, tensor in own.items():
             tensor.copy_(state[name])
 
-    def _pieces(self) -> Iterator[_Piece]:
-        for begin in range(0, self.begins[-1], _CHUNK):
-            end = min(begin + _CHUNK, self.begins[-1])
-            tables = [
-                (table, max(first, begin) - begin, min(last, end) - begin)
-                for table, (first, last) in enumerate(itertools.pairwise(self.begins))
-                if max(first, begin) < min(last, end)
-            ]
-            yield _Piece(begin, end, tables)
+    def _pieces(self, rows: Tensor) -> Iterator[_Piece]:
+        """The rows (int64 ``[n]``, ascending) in pieces."""
+        for begin in range(0, rows.numel(), _CHUNK):
+            part = rows[begin : begin + _CHUNK]
+            yield _Piece(begin, part, self._bounds(part))
 
-    def _rates(self, rows: slice) -> tuple[Tensor, Tensor]:
+    def _bounds(self, rows: Tensor) -> list[int]:
+        """Where each table begins among ascending rows, and their number."""
+        begins = torch.tensor(self.begins, device=rows.device)
+        return torch.searchsorted(rows, begins).tolist()
+
+    def _unlisted(self, rows: Tensor) -> Tensor:
+        """int64 ``[tables]``, how many rows of each table are not among ``rows``."""
+        all_rows, listed = torch.tensor(self.begins).diff(), torch.tensor(self._bounds(rows)).diff()
+        return (all_rows - listed).to(rows.device)
+
+    def _rates(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """float32 ``[n]`` each, look-ups a step, recent and lasting."""
-        recent, lasting = self.recent[rows].float().square_(), self.lasting[rows].float().square_()
+        recent, lasting = (roots.index_select(0, rows).float().square_() for roots in (self.recent, self.lasting))
         return recent.div_(float(self._steps[0])), lasting.div_(float(self._steps[1]))
 
     def _place(self, mixed: Tensor) -> Tensor:
@@ -174,16 +194,24 @@ def _mix(recent: Tensor, lasting: Tensor, mixture: Tensor, tables: Tensor) -> Te
 
 @dataclass(frozen=True)
 class _Piece:
-    """A piece of work: rows ``begin`` to ``end``, and for each table among them the part that is its own."""
+    """A piece of work: rows (int64 ``[n]``, ascending), the first of which is number ``begin`` of all; where each
+    table's begin among them, and ``n``."""
 
     begin: int
-    end: int
-    tables: list[tuple[int, int, int]]
+    rows: Tensor
+    bounds: list[int]
+
+    @property
+    def tables(self) -> list[tuple[int, int, int]]:
+        """Of each table that has rows here, its number, and where its rows begin and end."""
+        parts = enumerate(itertools.pairwise(self.bounds))
+        return [(table, begin, end) for table, (begin, end) in parts if begin < end]
 
     def table_of_rows(self, device: torch.device) -> Tensor:
         """int64 ``[n]``."""
-        numbers, begins, ends = torch.tensor(self.tables).T.to(device)
-        return numbers.repeat_interleave(ends - begins, output_size=self.end - self.begin)
+        lengths = torch.tensor(self.bounds).diff().to(device)
+        tables = torch.arange(lengths.numel(), device=device)
+        return tables.repeat_interleave(lengths, output_size=self.rows.numel())
 
 
 def choose(worth: Tensor, hot: Tensor, capacity: int, *, keep: float = 1.1, margin: float = 0.0) -> Tensor:

@@ -98,7 +98,8 @@ class HotRows:
             torch.tensor([f for f, t in enumerate(one.feature_table) if whole[t]], dtype=torch.int64).to(one.device)
             for one, whole in zip(self.filters, self._whole, strict=True)
         ]
-        self._looked_up = 0
+        # At the last re-plan: look-ups so far, and steps.
+        self._looked_up = self._planned_at = 0
         self._points: list[tuple[int, list[Tensor]]] = []
         self._stall = StallLimit(config.max_stall_share, self._chunk_bytes)
 
@@ -173,9 +174,12 @@ class HotRows:
     def _replan(self, steps: int) -> None:
         """Every rank proposes for its own rows; all together decide whether it is worth it; each moves its own."""
         config, now = self.config, steps // self.config.replan_every
-        window = range(steps - config.replan_every, steps)
-        counted = sum(is_counted(step, self._scale) for step in window)
+        began = time.perf_counter()
+        refusals = torch.tensor(float(not self._stall.can_decide()), dtype=torch.float64, device=self._group_device)
+        if float(self._total(refusals)) > 0.0:
+            return  # some rank has not saved up for it: the next look will be at a longer window
         active = [one for one in self._replanners if one is not None]
+        counted = sum(is_counted(step, self._scale) for step in range(self._planned_at, steps))
         for replanner in active:
             replanner.observe(counted)
         asked = sum(replanner.compare(now) for replanner in active)
@@ -184,21 +188,22 @@ class HotRows:
         lookups = sum(int(one.lookups.sum()) for one in self.filters)
         sums = torch.zeros(3, dtype=torch.float64, device=self._group_device)
         sums[0] = sum(proposal.gain for proposal in proposals)
-        sums[1] = (lookups - self._looked_up) / config.replan_every
+        sums[1] = (lookups - self._looked_up) / (steps - self._planned_at)
         sums[2] = sum(proposal.bytes for proposal in proposals)
         gained, looked_up, moving = self._total(sums).tolist()
-        self._looked_up = lookups
+        self._looked_up, self._planned_at = lookups, steps
         gain = gained / max(looked_up, 1.0)
-        moved, seconds = Moved(), 0.0
+        decided = time.perf_counter()
+        self._stall.decided(decided - began)
+        moved = Moved()
         worth_it = moving > 0 and gain >= config.min_gain
         if worth_it:
-            began = time.perf_counter()
             for replanner, proposal in zip(active, proposals, strict=True):
                 moved += migrate(replanner.overlay, proposal.wanted, self._chunk_bytes)
                 replanner.remember(now)
             self._wait()
-            seconds = time.perf_counter() - began
-            self._stall.moved(moved.bytes, seconds)
+            self._stall.moved(moved.bytes, time.perf_counter() - decided)
+        seconds = time.perf_counter() - began
         self.replans.append(Replan(steps, gain, worth_it, moved.demoted, moved.promoted, moved.bytes, seconds))
 
     def _wait(self) -> None:
@@ -214,12 +219,12 @@ class HotRows:
         for one, overlay, whole in zip(self.filters, self.overlays, self._whole, strict=True):
             lookups = one.lookups.tolist()
             hits = overlay.hits.tolist() if overlay is not None else [0] * len(lookups)
+            rows = saved_rows.hot_by_shard(overlay) if overlay is not None else {}
             for place, shard in enumerate(one.shards):
                 features = [f for f, table in enumerate(one.feature_table) if table == place]
                 seen = sum(lookups[f] for f in features)
                 is_whole = whole[place]
-                hot = overlay.hot_rows(place).numel() if overlay is not None else 0
-                hot = shard.rows if is_whole else hot
+                hot = shard.rows if is_whole else rows[place].numel() if rows else 0
                 planned = self.placement.tables.get(fqn_of(shard)) if self.placement is not None else None
                 mine = TableHits(
                     rows=shard.rows,
@@ -256,6 +261,7 @@ class HotRows:
             "replans": [asdict(one) for one in self.replans],
             "points": [asdict(point) for point in self.points()],
             "looked_up": self._looked_up,
+            "planned_at": self._planned_at,
         }
 
     def check(self, state: dict[str, Any]) -> None:
@@ -268,7 +274,7 @@ class HotRows:
         saved_rows.load(state, self.filters, self.overlays, self._replanners, self._chunk_bytes)
         self.replans = [Replan(**one) for one in state["replans"]]
         self._points = [(p["step"], [torch.tensor(p["hits"]), torch.tensor(p["lookups"])]) for p in state["points"]]
-        self._looked_up = state["looked_up"]
+        self._looked_up, self._planned_at = state["looked_up"], state["planned_at"]
         self._stall.restart()
 
 

@@ -7,7 +7,7 @@ their own: no collective is needed, under any sharding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -45,94 +45,89 @@ def migrate(overlay: Overlay, wanted: Mapping[int, Tensor], chunk_bytes: int) ->
     Raises:
         PlanError: rows that a shard does not have, or more than the overlay has slots for. Nothing was moved.
     """
-    _check(overlay, wanted)
+    asked = _check(overlay, wanted)
     overlay.wait_for_prefetch()
     moved = Moved()
-    for pool in overlay.pools:
-        moved += _migrate_pool(overlay, pool, wanted, chunk_bytes)
+    for pool, numbers in asked:
+        moved += _migrate_pool(overlay, pool, wanted, numbers, chunk_bytes)
     return moved
 
 
-def _migrate_pool(overlay: Overlay, pool: Pool, wanted: Mapping[int, Tensor], chunk_bytes: int) -> Moved:
+def _migrate_pool(overlay: Overlay, pool: Pool, wanted: Mapping[int, Tensor], asked: Tensor, chunk_bytes: int) -> Moved:
+    """``asked``: int64 ``[n]``, ascending, the numbers of the pool's wanted rows."""
     rows_at_once = max(1, chunk_bytes // pool.row_bytes)
     taken = overlay.taken(pool)
     free = positions_of(~taken)
-    asked = [(place, wanted[place]) for place in pool.shards if place in wanted]
-    slots = _slots_of(overlay, asked)
-    taken[slots[slots >= 0]] = False  # these stay: what is still marked below, leaves
-    coming = [
-        (place, part)
-        for (place, rows), cold in zip(asked, (slots < 0).split([rows.numel() for _, rows in asked]), strict=True)
-        for part in _parts(rows[cold], rows_at_once)
-    ]
-    leaving = [
-        (place, part)
-        for place, rows in overlay.by_shard(pool, positions_of(taken))
-        if place in wanted
-        for part in _parts(rows, rows_at_once)
-    ]
-    demoted, promoted = (sum(rows.numel() for _, rows in parts) for parts in (leaving, coming))
-    for place, rows in coming:
-        while free.numel() < rows.numel():
-            free = torch.cat([free, overlay.demote(*leaving.pop())])
-        overlay.promote(place, rows, free[: rows.numel()])
-        free = free[rows.numel() :]
-    for place, rows in leaving:
-        overlay.demote(place, rows)
+    if not wanted.keys() >= set(pool.shards):
+        for place, rows in overlay.by_shard(pool, positions_of(taken)):
+            if place not in wanted:
+                taken[overlay.slots_of(place, rows)] = False
+    slots = overlay.words.index_select(0, asked)
+    cold = positions_of(slots < 0)
+    taken[slots[positions_of(slots >= 0)].long()] = False  # these stay: what is still marked now, leaves
+    coming = asked.index_select(0, cold)
+    leaving = pool.owner.index_select(0, positions_of(taken)).sort().values
+    demoted, promoted = leaving.numel(), coming.numel()
+    leave = list(leaving.split(rows_at_once)) if demoted else []
+    for numbers in coming.split(rows_at_once) if promoted else ():
+        while free.numel() < numbers.numel():
+            free = torch.cat([free, overlay.demote(pool, leave.pop())])
+        overlay.promote(pool, numbers, free[: numbers.numel()])
+        free = free[numbers.numel() :]
+    for numbers in leave:
+        overlay.demote(pool, numbers)
     return Moved(demoted, promoted, (demoted + promoted) * pool.row_bytes)
 
 
-def _slots_of(overlay: Overlay, asked: Sequence[tuple[int, Tensor]]) -> Tensor:
-    """int64, the slots of the rows of all these shards, one after the other, -1 where they are cold: one gather."""
-    numbers = [rows + overlay.space.begins[place] for place, rows in asked if overlay.space.own[place]]
-    if not numbers:
-        return torch.empty(0, dtype=torch.int64, device=overlay.device)
-    return overlay.words.index_select(0, torch.cat(numbers)).long()
-
-
-def _parts(rows: Tensor, rows_at_once: int) -> Sequence[Tensor]:
-    """The rows in parts; none of none."""
-    return rows.split(rows_at_once) if rows.numel() > rows_at_once else [rows] if rows.numel() else []
-
-
-def _check(overlay: Overlay, wanted: Mapping[int, Tensor]) -> None:
-    named = [(place, rows) for place, rows in wanted.items() if rows.numel()]
-    for place, rows in named:
-        if not overlay.space.own[place]:
-            shard = overlay.shards[place]
-            raise PlanError(f"table {shard.table}: {rows.numel()} rows shall be hot, but the overlay leaves it out")
-    # All shards' at once: each look at a number on a GPU waits for it.
-    for (place, rows), good in zip(named, _are_good(overlay, named), strict=True):
+def _check(overlay: Overlay, wanted: Mapping[int, Tensor]) -> list[tuple[Pool, Tensor]]:
+    """The pools with something to do, each with the numbers of its wanted rows, which are good."""
+    for place, rows in wanted.items():
+        if rows.numel() and not overlay.space.own[place]:
+            name = overlay.shards[place].table
+            raise PlanError(f"table {name}: {rows.numel()} rows shall be hot, but the overlay leaves it out")
+    asked = []
+    for pool in overlay.pools:
+        places = [place for place in pool.shards if place in wanted]
+        if not places:
+            continue
+        numbers, good = _numbers(overlay, places, [wanted[place] for place in places])
         if not good:
-            shard = overlay.shards[place]
+            raise PlanError(_what_is_bad(overlay, {place: wanted[place] for place in places}))
+        asked.append((pool, numbers))
+        hot = numbers.numel() + sum(overlay.hot_rows(place).numel() for place in pool.shards if place not in wanted)
+        if hot > pool.slots:
+            names = ", ".join(sorted({overlay.shards[place].table for place in pool.shards}))
             raise PlanError(
+                f"table(s) {names}: {hot} rows shall be hot, but their overlay has {pool.slots} slots; "
+                "give fewer rows, or attach with a greater budget"
+            )
+    return asked
+
+
+def _numbers(overlay: Overlay, places: list[int], rows: list[Tensor]) -> tuple[Tensor, bool]:
+    """The numbers of the shards' rows, all at once (each look at one on a GPU waits for it), and whether all are good.
+
+    Shards have their numbers one after the other, so what ascends in each of them ascends in all.
+    """
+    device = overlay.device
+    of_shard = [
+        (len(some), overlay.space.begins[place], overlay.shards[place].rows)
+        for place, some in zip(places, rows, strict=True)
+    ]
+    lengths, begins, sizes = torch.tensor(of_shard, dtype=torch.int64).T.to(device)
+    local = torch.cat(rows)
+    shard = torch.arange(len(places), device=device).repeat_interleave(lengths, output_size=local.numel())
+    numbers = local + begins.index_select(0, shard)
+    good = ((local >= 0) & (local < sizes.index_select(0, shard))).all() & (numbers[1:] > numbers[:-1]).all()
+    return numbers, bool(good)
+
+
+def _what_is_bad(overlay: Overlay, wanted: Mapping[int, Tensor]) -> str:
+    for place, rows in wanted.items():
+        shard = overlay.shards[place]
+        if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= shard.rows or not bool((rows.diff() > 0).all())):
+            return (
                 f"table {shard.table}: its hot rows from {int(rows[0])} to {int(rows[-1])} are not ascending rows of "
                 f"this shard's {shard.rows}"
             )
-    for pool in overlay.pools:
-        if not wanted.keys() & set(pool.shards):
-            continue
-        hot = [wanted[p].numel() if p in wanted else overlay.hot_rows(p).numel() for p in pool.shards]
-        if sum(hot) > pool.slots:
-            names = ", ".join(sorted({overlay.shards[place].table for place in pool.shards}))
-            raise PlanError(
-                f"table(s) {names}: {sum(hot)} rows shall be hot, but their overlay has {pool.slots} slots; "
-                "give fewer rows, or attach with a greater budget"
-            )
-
-
-def _are_good(overlay: Overlay, named: Sequence[tuple[int, Tensor]]) -> list[bool]:
-    """For each shard, whether its rows (int64 ``[n]``, n > 0) ascend and are its own."""
-    if not named:
-        return []
-    lengths = torch.tensor([rows.numel() for _, rows in named], device=overlay.device)
-    ends = lengths.cumsum(0)
-    rows = torch.cat([rows for _, rows in named])
-    first, last = rows[ends - lengths], rows[ends - 1]
-    rises = torch.ones_like(rows, dtype=torch.bool)
-    torch.gt(rows[1:], rows[:-1], out=rises[1:])
-    rises[ends - lengths] = True
-    falls = (~rises).cumsum(0)
-    own = torch.tensor([overlay.shards[place].rows for place, _ in named], device=overlay.device)
-    good = (first >= 0) & (last < own) & (falls[ends - 1] == falls[ends - lengths])
-    return good.tolist()
+    raise AssertionError("all rows are good")

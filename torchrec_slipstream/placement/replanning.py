@@ -39,9 +39,11 @@ class Proposal:
 
 @dataclass
 class _Exchange:
-    """Of a pool's rows: bool ``[rows]``, which are ``hot``; float32 ``[rows]``, their ``worth``; int64 ``[n]``, those
-    that should come and leave; and how many slots are ``free``."""
+    """Rows of a pool that may change places: int64 ``[n]``, those looked up so far or hot; bool ``[n]``, which are
+    ``hot``; float32 ``[n]``, their ``worth``; int64 each, which of the ``n`` should come and leave; and how many slots
+    are ``free``."""
 
+    rows: Tensor
     hot: Tensor
     worth: Tensor
     coming: Tensor
@@ -75,17 +77,23 @@ class _PoolPlanner:
         """Which rows should come and leave, if nothing limits how many."""
         pool, overlay = self.pool, self.overlay
         hot = self._of_rows(overlay.words, overlay.space.begins) >= 0
-        others = int(overlay.taken(pool).sum()) - int(hot.sum())
-        worth = self.forecast.worth()
+        rows = positions_of(hot | self.forecast.was_seen)
+        hot = hot[rows]
+        hot_rows, taken = int(hot.sum()), overlay.taken(pool)
+        others = int(taken.sum()) - hot_rows
+        worth = self.forecast.worth(rows)
         margin = config.move_cost / (_STAY * config.replan_every)
-        held = self._with_young(worth, config, now)
+        held = worth
+        if config.min_age > 1:
+            held = worth.clone()
+            held[torch.searchsorted(rows, self._young(config, now))] = _ALWAYS
         # Two rows move where one takes another's place.
         chosen = choose(held, hot, pool.slots - others, keep=config.hysteresis, margin=2 * margin)
         # Even a free slot is only for a row that makes its move good.
         chosen &= hot | (worth > margin)
         coming, leaving = positions_of(chosen & ~hot), positions_of(hot & ~chosen)
-        free = pool.slots - others - int(hot.sum())
-        return _Exchange(hot, worth, *_of_most_gain(worth, coming, leaving, free, float("inf")), free)
+        free = pool.slots - others - hot_rows
+        return _Exchange(rows, hot, worth, *_of_most_gain(worth, coming, leaving, free, float("inf")), free)
 
     def propose(self, exchange: _Exchange, share: float) -> Proposal:
         """The exchange, or the ``share`` of its moves that gains most."""
@@ -93,9 +101,10 @@ class _PoolPlanner:
         most = share * exchange.moves if share < 1.0 else float("inf")
         coming, leaving = _of_most_gain(worth, exchange.coming, exchange.leaving, exchange.free, most)
         chosen[coming], chosen[leaving] = True, False
-        wanted = {}
-        for place, begin, end in zip(self.places, self.begins[:-1], self.begins[1:], strict=True):
-            wanted[place] = positions_of(chosen[begin:end])
+        rows = exchange.rows[chosen]
+        ends = torch.searchsorted(rows, torch.tensor(self.begins[1:-1], device=rows.device)).tolist()
+        parts = zip(self.places, self.begins[:-1], rows.tensor_split(ends), strict=True)
+        wanted = {place: part - begin for place, begin, part in parts}
         gain = float(worth[coming].double().sum() - worth[leaving].double().sum())
         return Proposal(wanted, gain, (coming.numel() + leaving.numel()) * self.pool.row_bytes)
 
@@ -113,8 +122,8 @@ class _PoolPlanner:
         self.since[self._slots_of_hot()] = since.to(self.since.device)
 
     def _slots_of_hot(self) -> Tensor:
-        parts = [self.overlay.slots_of(place, self.overlay.hot_rows(place)) for place in self.places]
-        return torch.cat(parts)
+        hot = dict(self.overlay.by_shard(self.pool, positions_of(self.overlay.taken(self.pool))))
+        return torch.cat([self.overlay.slots_of(place, hot[place]) for place in self.places])
 
     def lower(self, rows: Tensor, taken: Tensor) -> None:
         """Follow the counter's ``lower_high``."""
@@ -123,15 +132,15 @@ class _PoolPlanner:
             mine = (rows >= slots.start) & (rows < slots.stop)
             self.forecast.lower(rows[mine] - slots.start + begin, taken[mine])
 
-    def _with_young(self, worth: Tensor, config: PlacementConfig, now: int) -> Tensor:
-        if config.min_age == 1:
-            return worth
+    def _young(self, config: PlacementConfig, now: int) -> Tensor:
+        """int64 ``[n]``, the pool's rows that have not been hot for long enough to go."""
         young = self.overlay.taken(self.pool) & (now - self.since < config.min_age)
-        held = worth.clone()
-        for place, rows in self.overlay.by_shard(self.pool, positions_of(young)):
-            if place in self.places:
-                held[rows + self.begins[self.places.index(place)]] = _ALWAYS
-        return held
+        parts = [
+            rows + self.begins[self.places.index(place)]
+            for place, rows in self.overlay.by_shard(self.pool, positions_of(young))
+            if place in self.places
+        ]
+        return torch.cat(parts)
 
     def _of_rows(self, values: Tensor, begins: list[int]) -> Tensor:
         """The entries of the pool's rows of ``values``, where each shard's begin at ``begins``: a copy."""

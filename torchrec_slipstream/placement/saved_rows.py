@@ -19,6 +19,7 @@ from torchrec_slipstream.placement.migration import migrate
 from torchrec_slipstream.placement.replanning import Replanner
 from torchrec_slipstream.report.placement import HitPoint, Replan
 from torchrec_slipstream.tbe import UpdateFilter
+from torchrec_slipstream.tbe.compaction import positions_of
 from torchrec_slipstream.tbe.overlay import Overlay
 
 Filters = Sequence[UpdateFilter]
@@ -26,14 +27,21 @@ Overlays = Sequence[Overlay | None]
 Replanners = Sequence[Replanner | None]
 
 
+def hot_by_shard(overlay: Overlay) -> dict[int, Tensor]:
+    """Of all shards at once, by place, the hot rows: int64 ``[n]``, ascending, local."""
+    hot = {place: torch.empty(0, dtype=torch.int64, device=overlay.device) for place in range(len(overlay.shards))}
+    for pool in overlay.pools:
+        hot |= dict(overlay.by_shard(pool, positions_of(overlay.taken(pool)))) if pool.shards else {}
+    return hot
+
+
 def of(filters: Filters, overlays: Overlays, replanners: Replanners) -> dict[str, Any]:
     """The part of the state that is by shard and by overlay; keys are distinct over ranks."""
     shards, learnt = {}, {}
     for one, overlay, replanner in zip(filters, overlays, replanners, strict=True):
         if overlay is not None:
-            for place, shard in enumerate(one.shards):
-                hits = overlay.hits[_features(one, place)]
-                shards[shard.key] = {"hot": overlay.hot_rows(place), "hits": hits}
+            for place, rows in hot_by_shard(overlay).items():
+                shards[one.shards[place].key] = {"hot": rows, "hits": overlay.hits[_features(one, place)]}
         if replanner is not None:
             learnt[one.shards[0].key] = replanner.state_dict()
     return {"shards": shards, "replanners": learnt}
@@ -52,8 +60,9 @@ def check_config(state: Mapping[str, Any], config: PlacementConfig) -> None:
         entries = state.get(name)
         if not isinstance(entries, list) or any(not isinstance(e, dict) or e.keys() != wanted for e in entries):
             raise StateError(f"the saved state of the hot rows is incomplete: {name} is not a list of {sorted(wanted)}")
-    if not isinstance(state.get("looked_up"), int):
-        raise StateError("the saved state of the hot rows is incomplete: looked_up is not a number")
+    for name in ("looked_up", "planned_at"):
+        if not isinstance(state.get(name), int):
+            raise StateError(f"the saved state of the hot rows is incomplete: {name} is not a number")
 
 
 def check(state: Mapping[str, Any], filters: Filters, overlays: Overlays, replanners: Replanners) -> None:

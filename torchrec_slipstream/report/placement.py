@@ -54,7 +54,7 @@ class Replan:
     """One look at the access counts.
 
     ``gain`` is the promised rise of the hit rate; ``moved`` whether it was worth the moving of ``demoted`` and
-    ``promoted`` rows, ``bytes`` of them, in ``seconds`` on the slowest rank.
+    ``promoted`` rows, ``bytes`` of them; ``seconds`` to decide and to move, on the slowest rank.
     """
 
     step: int
@@ -112,7 +112,7 @@ class PlacementReport:
 
     @property
     def stall_share(self) -> float:
-        """Share of run time for which training waited for rows to move."""
+        """Share of run time for which training waited for re-plans, to decide and to move."""
         return sum(one.seconds for one in self.replans) / max(self.seconds, 1e-9)
 
     def hit_rates(self) -> list[tuple[int, float]]:

@@ -14,7 +14,10 @@ lines that it used itself; a row that left looks up nothing in those batches any
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -50,15 +53,16 @@ class BackingRows:
             values = _newer(self.tbe, values, cached)
         return values
 
-    def take(self, table: int, rows: Tensor) -> list[Tensor]:
-        """Current weights and states of ``rows`` (int64 ``[n]``), copies; the rows leave FBGEMM's cache."""
-        self._evict(table, rows)
-        return [tensor.index_select(0, rows) for tensor in self.of(table)]
+    def has_cache(self, table: int) -> bool:
+        """Whether FBGEMM's cache may have rows of the table."""
+        return self._first_tag(table) is not None
 
-    def write(self, table: int, rows: Tensor, values: list[Tensor]) -> None:
-        """Write weights and states of ``rows`` (int64 ``[n]``, distinct), which FBGEMM's cache does not hold."""
-        for tensor, value in zip(self.of(table), values, strict=True):
-            tensor.index_copy_(0, rows, value)
+    def _first_tag(self, table: int) -> int | None:
+        tbe = self.tbe
+        if tbe.lxu_cache_weights.numel() == 0:
+            return None
+        first = int(tbe.cache_hash_size_cumsum[tbe.feature_table_map.index(table)])
+        return first if first >= 0 else None
 
     def _cached(self, table: int, rows: Tensor) -> Tensor | None:
         """int64 ``[n]``, where FBGEMM's cache has the rows, -1 where it has not; None if the table has no cache.
@@ -66,19 +70,15 @@ class BackingRows:
         Waits for the device.
         """
         tbe = self.tbe
-        if tbe.lxu_cache_weights.numel() == 0:
-            return None
-        feature = tbe.feature_table_map.index(table)
-        first = int(tbe.cache_hash_size_cumsum[feature])
-        if first < 0:  # this one of the TBE's tables is not cached
+        if (first := self._first_tag(table)) is None:
             return None
         locations: Tensor = torch.ops.fbgemm.lxu_cache_lookup(
             rows + first, tbe.lxu_cache_state, int(tbe.total_cache_hash_size), False
         )
         return locations.long()
 
-    def _evict(self, table: int, rows: Tensor) -> None:
-        """Write back what FBGEMM's cache has of the rows, and take them out of it."""
+    def evict(self, table: int, rows: Tensor) -> None:
+        """Write back what FBGEMM's cache has of the rows (int64 ``[n]``), and take them out of it."""
         locations = self._cached(table, rows)
         if locations is None:
             return
@@ -91,6 +91,91 @@ class BackingRows:
             self.tbe.lxu_cache_locking_counter.view(-1)[locations] = 0
         for prefetched in self.tbe.lxu_cache_locations_list:  # a row may be back before the forward that it was for
             prefetched.masked_fill_(torch.isin(prefetched, locations.to(prefetched.dtype)), -1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """Rows that are moved at once: of one table, or of several that lie end to end in memory and have no cache.
+
+    ``first`` is the first table, ``begin`` the number of its first row, ``tensors`` the rows' weights and states.
+    """
+
+    first: int
+    begin: int
+    tables: int
+    tensors: list[Tensor]
+
+
+class PoolRows:
+    """The rows of several tables of one dim, by their numbers, in as few pieces as can be moved at once.
+
+    Args:
+        tables: their places, ascending.
+        begins: by table, the number of its first row; ascending as well.
+    """
+
+    def __init__(self, backing: BackingRows, tables: Sequence[int], begins: Sequence[int]) -> None:
+        self._backing = backing
+        self._runs: list[_Run] = []
+        for table in tables:
+            mine = backing.of(table)
+            last = self._runs[-1] if self._runs else None
+            if last is not None and _joins(backing, last, table, begins[table]):
+                joined = [_joined(*pair) for pair in zip(last.tensors, mine, strict=True)]
+                self._runs[-1] = replace(last, tables=last.tables + 1, tensors=joined)
+            else:
+                self._runs.append(_Run(table, begins[table], 1, mine))
+        inner = [run.begin for run in self._runs[1:]]
+        self._inner = torch.tensor(inner, dtype=torch.int64, device=backing.tbe.current_device)
+
+    def take(self, numbers: Tensor) -> list[Tensor]:
+        """Current weights and states of rows (int64 ``[n]``, ascending), copies; the rows leave FBGEMM's cache."""
+        parts = []
+        for run, part in self._by_run(numbers):
+            rows = numbers[part] - run.begin
+            self._backing.evict(run.first, rows)
+            parts.append([tensor.index_select(0, rows) for tensor in run.tensors])
+        return parts[0] if len(parts) == 1 else [torch.cat(same) for same in zip(*parts, strict=True)]
+
+    def write(self, numbers: Tensor, values: list[Tensor]) -> None:
+        """Write weights and states of rows (int64 ``[n]``, ascending), which FBGEMM's cache does not hold."""
+        for run, part in self._by_run(numbers):
+            for tensor, value in zip(run.tensors, values, strict=True):
+                tensor.index_copy_(0, numbers[part] - run.begin, value[part])
+
+    def _by_run(self, numbers: Tensor) -> list[tuple[_Run, slice]]:
+        if len(self._runs) == 1:
+            return [(self._runs[0], slice(None))]
+        inner = torch.searchsorted(numbers, self._inner).tolist()
+        bounds = pairwise([0, *inner, numbers.numel()])
+        parts = [(run, slice(a, b)) for run, (a, b) in zip(self._runs, bounds, strict=True) if a < b]
+        return parts or [(self._runs[0], slice(0, 0))]
+
+
+def _joins(backing: BackingRows, last: _Run, table: int, begin: int) -> bool:
+    """Whether a table lies behind a run in memory as it does by its numbers, and neither has a cache."""
+    return (
+        last.begin + last.tensors[0].shape[0] == begin
+        and not backing.has_cache(last.first)
+        and not backing.has_cache(table)
+        and all(map(_follows, last.tensors, backing.of(table)))
+    )
+
+
+def _follows(before: Tensor, after: Tensor) -> bool:
+    """Whether the rows of two contiguous tensors lie end to end in one memory."""
+    return (
+        before.untyped_storage().data_ptr() == after.untyped_storage().data_ptr()
+        and before.dtype == after.dtype
+        and before.shape[1:] == after.shape[1:]
+        and before.is_contiguous()
+        and after.is_contiguous()
+        and before.storage_offset() + before.numel() == after.storage_offset()
+    )
+
+
+def _joined(before: Tensor, after: Tensor) -> Tensor:
+    return before.as_strided((before.shape[0] + after.shape[0], *before.shape[1:]), before.stride())
 
 
 def _newer(tbe: TBE, values: Tensor, locations: Tensor) -> Tensor:

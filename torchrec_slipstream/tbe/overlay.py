@@ -23,7 +23,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocati
 from torch import Tensor
 
 from torchrec_slipstream.errors import StateError
-from torchrec_slipstream.tbe.backing import BackingRows
+from torchrec_slipstream.tbe.backing import BackingRows, PoolRows
 from torchrec_slipstream.tbe.compaction import positions_of
 from torchrec_slipstream.tbe.finding import TBE, FoundTbe
 from torchrec_slipstream.tbe.overlay_tbe import check_can_have_overlay, overlay_tbe
@@ -44,6 +44,7 @@ class Pool:
         owner: int64 ``[slots]``, the row (number in the overlay's ``space``) that took the slot last; -1 none. It has
             the slot while its word says so.
         tensors: the slots' weights and optimizer state, ``[slots, ...]`` each.
+        places: where the rows are that have no slot.
     """
 
     dim: int
@@ -52,6 +53,7 @@ class Pool:
     shards: tuple[int, ...]
     owner: Tensor
     tensors: list[Tensor] = field(repr=False)
+    places: PoolRows = field(repr=False)
 
 
 def can_hold(found: FoundTbe, place: int) -> bool:
@@ -103,7 +105,8 @@ class Overlay:
             tensors = [tensor[: sizes[dim]] for tensor in tables.of(table)]
             shards = tuple(i for i, shard in enumerate(found.shards) if shard.dim == dim and may_be_hot[i])
             owner = torch.full((sizes[dim],), -1, dtype=torch.int64, device=self.device)
-            self.pools.append(Pool(dim, sizes[dim], row_bytes_of(self.tbe, table), shards, owner, tensors))
+            places = PoolRows(self.backing, shards, self.space.begins)
+            self.pools.append(Pool(dim, sizes[dim], row_bytes_of(self.tbe, table), shards, owner, tensors, places))
         self.pool_of = {place: pool for pool in self.pools for place in pool.shards}
         self.hits = torch.zeros(len(feature_table), dtype=torch.int64, device=self.device)
         self.dirty = False
@@ -198,30 +201,32 @@ class Overlay:
             )
         self.released = True  # the slots have nothing that was not there as well
 
-    def demote(self, place: int, rows: Tensor) -> Tensor:
-        """Bring hot ``rows`` of a shard (int64 ``[n]``, distinct) back to the backing TBE, weights and state together.
+    def demote(self, pool: Pool, numbers: Tensor) -> Tensor:
+        """Bring hot rows back to the backing TBE, weights and state together.
+
+        Args:
+            numbers: int64 ``[n]``, ascending, in ``space``: rows of any of the pool's shards.
 
         Returns:
             int64 ``[n]``, the slots that are free now.
         """
         self._notice_writes()
-        pool, slots = self.pool_of[place], self.slots_of(place, rows)
+        slots = self.words.index_select(0, numbers).long()
         self._moves += 1
         if not self.released:
-            self.backing.write(place, rows, [tensor.index_select(0, slots) for tensor in pool.tensors])
-        self._words_of(place)[rows] = -1  # from here on the backing TBE has their truth
-        pool.owner[slots] = -1
+            pool.places.write(numbers, [tensor.index_select(0, slots) for tensor in pool.tensors])
+        self.words.index_fill_(0, numbers, -1)  # from here on the backing TBE has their truth
+        pool.owner.index_fill_(0, slots, -1)
         return slots
 
-    def promote(self, place: int, rows: Tensor, slots: Tensor) -> None:
-        """Give cold ``rows`` of a shard (int64 ``[n]``, distinct) free ``slots`` of its pool (int64 ``[n]``)."""
+    def promote(self, pool: Pool, numbers: Tensor, slots: Tensor) -> None:
+        """Give cold rows (``numbers`` as of :meth:`demote`) free ``slots`` of their pool (int64 ``[n]``)."""
         self._notice_writes()
-        pool = self.pool_of[place]
         self._moves += 1
         if not self.released:
-            _fill(pool, slots, self.backing.take(place, rows))
-        pool.owner[slots] = rows + self.space.begins[place]
-        self._words_of(place)[rows] = slots.int()  # from here on the overlay has their truth
+            _fill(pool, slots, pool.places.take(numbers))
+        pool.owner.index_copy_(0, slots, numbers)
+        self.words.index_copy_(0, numbers, slots.int())  # from here on the overlay has their truth
 
     def release(self, *, for_good: bool = False) -> None:
         """Let the backing TBE have the truth of every row, until :meth:`hold`.
@@ -233,9 +238,8 @@ class Overlay:
         if self.released:
             return
         if self.dirty:
-            for pool, place, rows, slots in self._chunks():
-                values = [tensor.index_select(0, slots) for tensor in pool.tensors]
-                self.backing.write(place, rows, values)
+            for pool, numbers, slots in self._chunks():
+                pool.places.write(numbers, [tensor.index_select(0, slots) for tensor in pool.tensors])
         self.dirty, self.released = False, True
 
     def hold(self) -> None:
@@ -243,18 +247,16 @@ class Overlay:
         self._notice_writes()
         if not self.released:
             return
-        for pool, place, rows, slots in self._chunks():
-            _fill(pool, slots, self.backing.take(place, rows))
+        for pool, numbers, slots in self._chunks():
+            _fill(pool, slots, pool.places.take(numbers))
         self._versions, self.released = self._versions_now(), False
 
-    def _chunks(self) -> Iterator[tuple[Pool, int, Tensor, Tensor]]:
-        """All hot rows in bounded parts: their pool, shard, rows and slots."""
+    def _chunks(self) -> Iterator[tuple[Pool, Tensor, Tensor]]:
+        """All hot rows in bounded parts: their pool, numbers (ascending) and slots."""
         for pool in self.pools:
-            for place, hot in self.by_shard(pool, positions_of(self.taken(pool))):
-                slots = self._words_of(place)[hot].long()
-                size = max(1, _CHUNK_BYTES // pool.row_bytes)
-                for begin in range(0, hot.numel(), size):
-                    yield pool, place, hot[begin : begin + size], slots[begin : begin + size]
+            hot = pool.owner[positions_of(self.taken(pool))].sort().values
+            for numbers in hot.split(max(1, _CHUNK_BYTES // pool.row_bytes)) if hot.numel() else ():
+                yield pool, numbers, self.words.index_select(0, numbers).long()
 
     def _words_of(self, place: int) -> Tensor:
         begin = self.space.begins[place]
