@@ -18,7 +18,6 @@ many rows. All have seen the same first part of the trace when the look-ups afte
                  rows, table by table, in turns: medians. ``write_ratio``: over ``index_copy_`` alone, of values that
                  lie ready. ``large_move``: both, for one move of 40,000 rows each way (``benchmarks/large_move.py``).
 ``stall_share``  of run time, all that training waits for at a re-plan: taking in the counts, deciding, moving.
-                 ``move_share`` is of the moving alone, as the session reports it.
 """
 
 from __future__ import annotations
@@ -110,12 +109,11 @@ def measure(args: argparse.Namespace, trace: Trace) -> tuple[dict[str, Any], lis
         "hit_rate": {name: comparison.total(one) for name, one in rates.items()},
         "copy_ratio": None,
         "stall_share": float(waited.sum()) / seconds,
-        "move_share": float(run.move_seconds[first:].sum()) / seconds,
-        "replan_ms": 1e3 * float(np.median(waited)),
+        "replan_ms": 1e3 * float(np.median(waited[run.replans[first:] > 0])) if run.replans[first:].any() else 0.0,
         "step_ms": 1e3 * float(np.median(run.train[begin:])),
         "rows_moved_a_second": moved_rows / seconds,
         "rows_moved_a_step": moved_rows / len(run.train[begin:]),
-        "replans": len(waited),
+        "replans": int(run.replans[first:].sum()),
         "replans_that_moved": len(moved),
         "replanned_at": [one for one in run.moved_at if one > begin],
         "steps": [int(step) for step in np.arange(first + 1, intervals + 1) * every],
@@ -154,7 +152,7 @@ def parameters(args: argparse.Namespace, trace: Trace, run: Run, first: int) -> 
 def rows_of(result: dict[str, Any], waited: Floats, timings: dict[str, Timing]) -> list[Row]:
     """What the CSV keeps."""
     known = result["parameters"]
-    costs = {name: result[name] for name in ("stall_share", "move_share", "step_ms", "rows_moved_a_second")}
+    costs = {name: result[name] for name in ("stall_share", "replans", "step_ms", "rows_moved_a_second")}
     rows = [
         Row("replan.hit_rate", name, known, Timing((rate,)), "share", {}) for name, rate in result["hit_rate"].items()
     ]
@@ -193,8 +191,8 @@ def show(result: dict[str, Any]) -> str:
         *(f"{name:<8}{one:>8.2%}" for name, one in rate.items()),
         f"{result['rows_moved_a_step']:.1f} rows moved a step, {result['rows_moved_a_second']:.0f} a second; a re-plan "
         f"took {result['replan_ms']:.2f} ms, a step {result['step_ms']:.2f} ms",
-        f"training waited for re-plans {result['stall_share']:.2%} of the time, of it for moving "
-        f"{result['move_share']:.2%}",
+        f"{result['replans']} re-plans of {len(result['steps'])} moments, for which training waited "
+        f"{result['stall_share']:.2%} of the time",
     ]
     if result["copy_ratio"] is not None:
         lines.append(

@@ -91,7 +91,9 @@ class Run:
         slots: rows that can be hot.
         hits: share of the look-ups that hit, by interval of ``every`` steps.
         hot: the hot rows after each interval, by table.
-        moved_at: steps after which rows were moved; ``moved_rows`` and ``move_seconds`` by interval, as reported.
+        moved_at: steps after which rows were moved.
+        moved_rows: by interval, as the session reports; 0 where its limit left the re-plan out.
+        replans: how many re-plans the session reports, by interval: 0 or 1.
         train, session: seconds of each step, and of the session's ``step()`` after it.
     """
 
@@ -101,7 +103,7 @@ class Run:
     hot: list[HotRows]
     moved_at: list[int]
     moved_rows: npt.NDArray[np.int64]
-    move_seconds: npt.NDArray[np.float64]
+    replans: npt.NDArray[np.int64]
     train: npt.NDArray[np.float64]
     session: npt.NDArray[np.float64]
     overlay: Overlay
@@ -109,7 +111,7 @@ class Run:
 
     @property
     def replan_seconds(self) -> npt.NDArray[np.float64]:
-        """Of each re-plan, all that training waits for: looking at the counts, deciding, and moving."""
+        """By interval, all that training waits for at its end: looking at the counts, deciding, and moving."""
         is_replan = (np.arange(len(self.session)) + 1) % self.every == 0
         plain = float(np.median(self.session[~is_replan])) if (~is_replan).any() else 0.0
         return np.maximum(self.session[is_replan] - plain, 0.0)
@@ -168,14 +170,18 @@ def train(
             hot.append({place: overlay.hot_rows(place) for place in range(len(trace.tables))})
     report = session.report().placement
     assert report is not None
+    moved_rows, replans = np.zeros((2, last // every), dtype=np.int64)
+    for one in report.replans:
+        moved_rows[one.step // every - 1] = one.demoted + one.promoted
+        replans[one.step // every - 1] = 1
     return Run(
         every=every,
         slots=sum(pool.slots for pool in overlay.pools),
         hits=np.array([rate for _, rate in report.hit_rates()]),
         hot=hot,
         moved_at=[one.step for one in report.replans if one.moved],
-        moved_rows=np.array([one.demoted + one.promoted for one in report.replans]),
-        move_seconds=np.array([one.seconds for one in report.replans]),
+        moved_rows=moved_rows,
+        replans=replans,
         train=seconds[0],
         session=seconds[1],
         overlay=overlay,

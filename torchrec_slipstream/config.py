@@ -193,7 +193,7 @@ class PlacementConfig:
     of hit rate. Costs 8 bytes for every row that can be hot, and some 0.2 µs each at a re-plan on a CPU thread.
     ``benchmarks/replan.py`` shows what is best where; a few thousand samples a re-plan are a good start."""
 
-    min_gain: float = 0.001
+    min_gain: float = 0.0003
     """Least gain in hit rate, as a share of all look-ups, that a re-plan must promise before rows are moved at all, in
     ``[0, 1]``."""
 

@@ -104,7 +104,7 @@ class Slipstream:
             self.config.placement,
             placement,
             rank=dist.get_rank(self._group) if self._group is not None else 0,
-            scale=access.scale,
+            counted=self._counts.counted_steps,
             total=total,
             group_device=self._group_device(),
         )

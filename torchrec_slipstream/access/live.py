@@ -69,6 +69,12 @@ class LiveCounts:
         for one in self._filters:
             one.counting = config.counter != "off" and is_counted(step, config.scale)
 
+    def counted_steps(self, begin: int, end: int) -> int:
+        """How many of the steps ``begin`` to ``end - 1`` are counted."""
+        if self.config.counter == "off":
+            return 0
+        return sum(is_counted(step, self.config.scale) for step in range(begin, end))
+
     @torch.no_grad()
     def _halve(self, time: int) -> None:
         """Halve everything that is counted; ``time`` is the how manieth time this is."""

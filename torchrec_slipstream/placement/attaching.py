@@ -20,7 +20,7 @@ def attach_hot_rows(
     placement: Placement | None,
     *,
     rank: int,
-    scale: int,
+    counted: Callable[[int, int], int],
     total: Callable[[Tensor], Tensor],
     group_device: torch.device,
 ) -> HotRows:
@@ -36,7 +36,7 @@ def attach_hot_rows(
     # Of this rank: whether it cannot have its hot rows, and its slots.
     mine = torch.tensor([1.0, 0.0], dtype=torch.float64)
     try:
-        hot = HotRows(filters, config, placement, rank=rank, scale=scale, total=total, group_device=group_device)
+        hot = HotRows(filters, config, placement, rank=rank, counted=counted, total=total, group_device=group_device)
         hot.attach()
         mine = torch.tensor([0.0, float(hot.slots)], dtype=torch.float64)
     finally:

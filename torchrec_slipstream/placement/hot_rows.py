@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchrec_slipstream.access.counters import is_counted
 from torchrec_slipstream.config import PlacementConfig
 from torchrec_slipstream.errors import AttachError
 from torchrec_slipstream.placement import saved_rows
@@ -41,7 +40,7 @@ class HotRows:
         config: the knobs.
         placement: which rows are hot at first; None: none, in overlays of ``config.hbm_budget``.
         rank: of this process in the placement.
-        scale: steps that a counted one stands for (``AccessConfig.scale``).
+        counted: how many of the steps from one number to before another are counted.
         total: sums a float64 tensor over the ranks in place and returns it.
         group_device: where ``total`` wants its tensors.
 
@@ -56,7 +55,7 @@ class HotRows:
         placement: Placement | None,
         *,
         rank: int,
-        scale: int,
+        counted: Callable[[int, int], int],
         total: Callable[[Tensor], Tensor],
         group_device: torch.device,
     ) -> None:
@@ -69,7 +68,7 @@ class HotRows:
         self.filters = list(filters)
         self.placement = placement
         self.replans: list[Replan] = []
-        self._scale = scale
+        self._counted = counted
         self._total = total
         self._group_device = group_device
         self._guards: list[ReleaseBeforeAccess] = []
@@ -179,9 +178,8 @@ class HotRows:
         if float(self._total(refusals)) > 0.0:
             return  # some rank has not saved up for it: the next look will be at a longer window
         active = [one for one in self._replanners if one is not None]
-        counted = sum(is_counted(step, self._scale) for step in range(self._planned_at, steps))
         for replanner in active:
-            replanner.observe(counted)
+            replanner.observe(self._counted(self._planned_at, steps))
         asked = sum(replanner.compare(now) for replanner in active)
         share = min(1.0, self._stall.affordable_bytes() / asked) if asked else 1.0
         proposals = [replanner.propose(share) for replanner in active]
