@@ -35,7 +35,7 @@ from benchmarks.harness import Row, Timing
 from benchmarks.large_move import time_large_move
 from benchmarks.replan_rates import Comparison
 from benchmarks.replan_run import Run, time_moves, train
-from benchmarks.traces import Trace, TraceTable, _assemble, read_trace
+from benchmarks.traces import Trace, TraceTable, assemble, read_trace
 from examples.synthetic import make_synthetic
 from torchrec_slipstream import PlacementConfig
 from torchrec_slipstream.errors import SlipstreamError
@@ -51,7 +51,7 @@ def drifting_trace(samples: int, rows: int, drift: float, *, batch_size: int, di
     made = make_synthetic(samples, rows, seed=seed, drift=drift).samples
     tables = [TraceTable(f"C{i + 1}", size, dim) for i, size in enumerate(made.table_rows)]
     about = f"synthetic, {samples} samples, {drift:.0%} of the popular rows change"
-    return _assemble(tables, list(made.sparse.T.numpy()), batch_size, about)
+    return assemble(tables, list(made.sparse.T.numpy()), batch_size, about)
 
 
 def without_tables(trace: Trace, names: list[str]) -> Trace:

@@ -139,10 +139,10 @@ def read_trace(
         ids.append(place[codes.indices.to_numpy()][order])
         tables.append(TraceTable(name, rows, dim))
     about = f"{path.name}, {how}, one row for each of {headroom:g} x distinct ids"
-    return _assemble(tables, ids, batch_size, about)
+    return assemble(tables, ids, batch_size, about)
 
 
-def _assemble(tables: Sequence[TraceTable], ids: Sequence[Ints], batch_size: int, about: str) -> Trace:
+def assemble(tables: Sequence[TraceTable], ids: Sequence[Ints], batch_size: int, about: str) -> Trace:
     """From one id a sample and table, int64 ``[samples]`` each. A last batch that is not full is left out."""
     batches = len(ids[0]) // batch_size
     starts = np.cumsum([0, *(table.rows for table in tables)])

@@ -38,6 +38,7 @@ from examples.show import show
 from examples.tiers import SIMULATED, budget_bytes, tiers_for
 from examples.timing import StepClock
 from torchrec_slipstream import Placement, Report, Slipstream
+from torchrec_slipstream.errors import SlipstreamError
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,10 @@ def main(argv: list[str] | None = None) -> None:
         if args.placement != "off" and device.type == "cpu" and rank == 0:
             print(SIMULATED, file=sys.stderr)
         modes = SKIP_MODES if args.compare else (args.skip,)
-        runs = {mode: train(Namespace(**{**vars(args), "skip": mode}), data) for mode in modes}
+        try:
+            runs = {mode: train(Namespace(**{**vars(args), "skip": mode}), data) for mode in modes}
+        except SlipstreamError as error:  # a profile or a budget that does not fit
+            raise SystemExit(f"train_dlrm: {error}") from error
         if rank == 0:
             print(show(runs))
             if args.json:

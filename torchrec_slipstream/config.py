@@ -184,14 +184,16 @@ class PlacementConfig:
     hbm_budget: int | str | None = None
     """Fast memory a rank for hot rows with their optimizer state, and 4 bytes for every row that could be hot: bytes,
     or a string such as ``"8GiB"``. All rows are cold at first, and the first re-plan finds the hot ones. None: hot rows
-    are those of the session's ``placement``, and so is their memory; without one, there are none. A CPU has no faster
-    memory than its own: there a budget only serves to try things out."""
+    are those of the session's ``placement``, and so is their memory; without one, there are none. Besides come 8 bytes
+    of book-keeping for every row that is hot, and 12 more with re-plans. A CPU has no faster memory than its own: there
+    a budget only serves to try things out."""
 
     replan_every: int = 0
     """Steps between two looks at the access counts, to move rows that have become hot or cold; 0: never. Needs the
     counts of all rows (``AccessConfig.counter``): best "exact" ones, as sampling one step in 8 cost one to three points
-    of hit rate. Costs 8 bytes for every row that can be hot, and some 0.2 µs each at a re-plan on a CPU thread.
-    ``benchmarks/replan.py`` shows what is best where; a few thousand samples a re-plan are a good start."""
+    of hit rate. Costs 8 bytes of the device's memory, besides the budget, for every row that can be hot, and some
+    0.1 µs on a CPU thread for every row that was ever looked up. ``benchmarks/replan.py`` shows what is best where; a
+    few thousand samples a re-plan are a good start."""
 
     min_gain: float = 0.0003
     """Least gain in hit rate, as a share of all look-ups, that a re-plan must promise before rows are moved at all, in
@@ -213,7 +215,7 @@ class PlacementConfig:
     max_stall_share: float | None = 0.01
     """Largest share of run time that re-plans may take, in ``(0, 1]``, to decide and to move, by measured costs: one
     moves the rows of most gain first and leaves the others to the next, and one that has not been saved up for is left
-    out. None: no limit, and runs repeat exactly, since no clock has a say."""
+    out. (Of the first, to decide is free.) None: no limit, and runs repeat exactly, since no clock has a say."""
 
     chunk_bytes: int | str = "16MiB"
     """Rows are moved in parts of so many bytes, which bounds the memory that a move takes besides."""

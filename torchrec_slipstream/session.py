@@ -109,7 +109,7 @@ class Slipstream:
             group_device=self._group_device(),
         )
         self._writer = writer
-        self._began = time.perf_counter()
+        self._began, self._first_step = time.perf_counter(), 0
         self._attached = True
         for one in self._filters:
             one.attach()
@@ -134,12 +134,24 @@ class Slipstream:
     def detach(self) -> None:
         """Make the model stock again: every row is where it was, and from the next forward on updated.
 
-        Call between two steps: a backward that is still to come may not find its hot rows. May be called twice.
+        Call between two steps: a backward that is still to come may not find its hot rows. May be called twice. The
+        overlays' fast memory is free when the session object is gone, which still reports.
+
+        Raises:
+            StateError: hot rows of a table have trained since others wrote into a tensor taken before that. What was
+                written of them is lost; all is detached.
         """
+        failures: list[StateError] = []
         for one in self._filters:
-            one.detach()
+            try:
+                one.detach()
+            except StateError as error:  # said once; now it has been
+                failures.append(error)
+                one.detach()
         self._hot.detach()
         self._attached = False
+        if failures:
+            raise failures[0]
 
     def _write_scalars(self, writer: ScalarWriter, steps: int) -> None:
         lookups = sum(int(one.lookups.sum()) for one in self._filters)
@@ -170,7 +182,7 @@ class Slipstream:
                     lookups=sum(lookups[f] for f in features),
                     skipped=sum(skipped[f] for f in features),
                 )
-                name = f"{shard.collection}.{shard.table}" if shard.collection else shard.table
+                name = shard.fqn
                 tables[name] = tables[name] + mine if name in tables else mine
         tables = self._sum_tables(tables)
         elapsed = time.perf_counter() - self._began
@@ -203,8 +215,9 @@ class Slipstream:
             predicted_bytes=planned_overlay_bytes(planned) if planned is not None else None,
             predicted_hit_rate=planned.hit_rate if planned is not None else None,
             predicted_ms=planned.expected_ms if planned is not None else None,
-            step_ms=1e3 * elapsed / max(1, self._tracker.steps),
+            step_ms=1e3 * elapsed / max(1, self._tracker.steps - self._first_step),
             seconds=elapsed,
+            first_step=self._first_step,
         )
 
     @overload
@@ -244,7 +257,8 @@ class Slipstream:
         """What a resumed run needs besides the model and its optimizers. Tensors only of this rank's shards.
 
         Save it a rank at a time, beside the model's checkpoint. A run resumed on the same sharding then equals an
-        uninterrupted one bit for bit; without it, or on another sharding, rows are tracked afresh.
+        uninterrupted one bit for bit (re-plans go by the clock as well, but with ``max_stall_share=None``); without it,
+        or on another sharding, rows are tracked afresh.
         """
         return {
             "version": STATE_VERSION,
@@ -276,6 +290,7 @@ class Slipstream:
         self._counts.load_state_dict(state["access"])
         self._counts.prepare(self._tracker.steps)
         self._hot.load_state_dict(state["placement"])
+        self._began, self._first_step = time.perf_counter(), self._tracker.steps
 
     # ------------------------------------------------------------------------------------------- over ranks
 

@@ -482,7 +482,7 @@ def _state_refused(rank: int) -> None:
         (broken("points", value=None), "points is not a list"),
         (broken("looked_up", value=None), "looked_up"),
         (broken("planned_at", value=None), "planned_at"),
-        (broken("config", "min_age", value=7), "min_age"),
+        (broken("config", "replan_every", value=7), "replan_every"),
     ):
         with pytest.raises(StateError, match=words):
             session.load_state_dict(bad)

@@ -248,3 +248,17 @@ def test_a_cold_row_has_to_beat_a_hot_one_by_the_factor() -> None:
     hot = torch.tensor([True, True, False, False])
     assert choose(torch.tensor([1.0, 1.0, 1.2, 1.3]), hot, 2, keep=1.25).tolist() == [True, False, False, True]
     assert choose(torch.tensor([0.0, 0.0, 0.0, 0.0]), hot.flip(0), 2).tolist() == [False, False, True, True]
+
+
+def test_counts_without_end_stay_numbers() -> None:
+    """Of a padding id, say: a lasting count is the look-ups of 46 windows, more than a float16's square holds."""
+    forecast = Forecast([0, 2], torch.device("cpu"))
+    touches = torch.zeros(2, dtype=torch.int32)
+    for _ in range(60):
+        touches += torch.tensor([2**30 // 8, 1], dtype=torch.int32)
+        forecast.observe(touches, 10)
+        forecast.lower(torch.tensor([0]), touches[:1].clone())
+        touches[0] = 0
+        worth = forecast.worth()
+        assert worth.isfinite().all()
+    assert worth[0] > 1000 * worth[1] > 0

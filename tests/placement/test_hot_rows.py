@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tests.tables import TBE, Lookups, make_lookups, make_tbe, table_states
 from torchrec_slipstream import AccessConfig, PlacementConfig, Slipstream, SlipstreamConfig, StalenessConfig
-from torchrec_slipstream.errors import ConfigError
+from torchrec_slipstream.errors import ConfigError, StateError
 from torchrec_slipstream.placement import stall as stall_module
 from torchrec_slipstream.placement.hot_rows import HotRows
 from torchrec_slipstream.placement.stall import StallLimit
@@ -338,3 +338,30 @@ def test_replans_without_counts_are_refused(counter: str) -> None:
         attach(one_table(), counter=counter)
     with pytest.raises(ConfigError, match=r"hbm_budget=5000 without replan_every"):
         PlacementConfig(hbm_budget=5000)
+
+
+def test_a_report_after_a_resume_is_of_the_time_since() -> None:
+    tbe = one_table()
+    session = attach(tbe)
+    train(tbe, session, zipf(30))
+    state = session.state_dict()
+    kept = {name: one.clone() for name, one in next(iter(state["placement"]["replanners"].values()))[0].items()}
+    train(tbe, session, zipf(30, seed=1))
+    now = next(iter(state["placement"]["replanners"].values()))[0]
+    assert all(torch.equal(now[name], one) for name, one in kept.items()), "what was saved stays as it was"
+    fresh = attach(other := one_table())
+    fresh.load_state_dict(state)
+    train(other, fresh, zipf(10, seed=2))
+    report = placement_of(fresh)
+    assert report.first_step == 30
+    assert len(report.replans) == 4
+    assert report.stall_seconds == report.replans[-1].seconds
+    assert 0.0 < report.stall_share < 1.0
+    assert report.step_ms == pytest.approx(1e3 * report.seconds / 10)
+    # Who forgets the budget, or the placement, when resuming hears of it.
+    cold = SlipstreamConfig(
+        access=fresh.config.access, staleness=fresh.config.staleness, placement=PlacementConfig(replan_every=10)
+    )
+    forgotten = state | {"placement": state["placement"] | {"config": {"hbm_budget": None, "replan_every": 10}}}
+    with pytest.raises(StateError, match="the saved state has hot rows, this session no overlay"):
+        Slipstream(nn.ModuleList([one_table()]), cold).load_state_dict(forgotten)

@@ -109,7 +109,7 @@ def test_lines_and_dots_say_what_was_measured_and_chosen() -> None:
     assert total == (sum(size for size, _ in tables), pytest.approx(placement.hit_rate))
     assert 0 < total[0] <= 300 * 1024
     title = figure.axes[0].get_title(loc="left")
-    assert title.startswith(f"The plan: {placement.hit_rate:.1%} of look-ups hit")
+    assert title.startswith(f"The plan: {placement.hit_rate:.1%} of look-ups to come hit")
 
 
 def test_without_a_plan_there_are_no_dots() -> None:

@@ -36,6 +36,8 @@ _CLASSES, _LEAST = 48, 11.7
 _PART = 1 << 16
 # Becomes 0 as a float16, but not before: a CPU takes roots and logarithms of zeros ten times as slowly as of others.
 _TINY = 2.0**-100
+# The square of float16's largest: a lasting count is some 46 windows' look-ups, which may be more.
+_HUGE = 65504.0**2
 # Rows at a time: bounds the memory besides the state.
 _CHUNK = 1 << 20
 
@@ -48,7 +50,7 @@ class Forecast:
 
     Attributes:
         before: int32 ``[rows]``, the running access counts when last observed.
-        recent, lasting: float16 ``[rows]``, square roots of faded access counts: those of counts to 2^32 fit.
+        recent, lasting: float16 ``[rows]``, square roots of faded access counts, which end at some 2^32.
     """
 
     def __init__(self, begins: Sequence[int], device: torch.device) -> None:
@@ -104,7 +106,7 @@ class Forecast:
                     sums.scatter_add_(0, place, part)
             for roots, fade in zip((self.recent, self.lasting), _FADE, strict=True):
                 faded = roots.index_select(0, rows).float().square_().mul_(fade).add_(came)
-                roots.index_copy_(0, rows, faded.clamp_(min=_TINY).sqrt_().half())
+                roots.index_copy_(0, rows, faded.clamp_(min=_TINY, max=_HUGE).sqrt_().half())
             self.before.index_copy_(0, rows, now)
         if known:
             self._normal = self._normal * _KEEP_MIXTURE + moments.flatten(1)[:, [0, 1, 4, 2, 5]].cpu()

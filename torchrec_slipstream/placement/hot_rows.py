@@ -19,7 +19,6 @@ from torchrec_slipstream.placement.placement import Placement, ShardPlacement
 from torchrec_slipstream.placement.replanning import Replanner
 from torchrec_slipstream.placement.slots import (
     first_rows,
-    fqn_of,
     may_be_hot,
     placed_shards,
     slots_of_budget,
@@ -99,7 +98,8 @@ class HotRows:
         ]
         # At the last re-plan: look-ups so far, and steps.
         self._looked_up = self._planned_at = 0
-        self._points: list[tuple[int, list[Tensor]]] = []
+        # By step: hits and look-ups until then.
+        self._points: list[tuple[int, Sequence[Tensor | int]]] = []
         self._stall = StallLimit(config.max_stall_share, self._chunk_bytes)
 
     def attach(self) -> None:
@@ -119,6 +119,7 @@ class HotRows:
                 replanner.remember(0)
                 one.followers.append(replanner.lower)
         self._first = []
+        self._wait()  # a prefetch on another stream reads the slot words
         self._stall.restart()
 
     def withdraw(self) -> None:
@@ -133,7 +134,8 @@ class HotRows:
             guard.remove()
         self._guards = []
         for one in self.filters:
-            one.followers.clear()  # which would keep the overlays for as long as the garbage collector likes
+            # Nothing is counted any more; whoever follows would keep the overlays for as long as the collector likes.
+            one.followers.clear()
 
     @property
     def _chunk_bytes(self) -> int:
@@ -144,7 +146,10 @@ class HotRows:
     def step(self, steps: int) -> None:
         """Call after every training step, ``steps`` of which are over now."""
         if steps % self.config.record_every == 0:
-            # Clones only: nothing waits for the device until somebody asks for a report.
+            # The point before is long known; of the new one a clone is taken, for which nothing waits.
+            if self._points:
+                before, totals = self._points[-1]
+                self._points[-1] = before, [int(value) for value in totals]
             self._points.append((steps, self._totals()))
         if self.config.replan_every and steps % self.config.replan_every == 0:
             self._replan(steps)
@@ -173,22 +178,24 @@ class HotRows:
     def _replan(self, steps: int) -> None:
         """Every rank proposes for its own rows; all together decide whether it is worth it; each moves its own."""
         config, now = self.config, steps // self.config.replan_every
-        began = time.perf_counter()
         refusals = torch.tensor(float(not self._stall.can_decide()), dtype=torch.float64, device=self._group_device)
         if float(self._total(refusals)) > 0.0:
             return  # some rank has not saved up for it: the next look will be at a longer window
+        self._wait()  # for the training that is still under way: it is no cost of re-planning
+        began = time.perf_counter()
         active = [one for one in self._replanners if one is not None]
         for replanner in active:
             replanner.observe(self._counted(self._planned_at, steps))
-        asked = sum(replanner.compare(now) for replanner in active)
+        found = [replanner.compare(now) for replanner in active]
+        asked, promised = sum(moving for moving, _ in found), sum(gain for _, gain in found)
         share = min(1.0, self._stall.affordable_bytes() / asked) if asked else 1.0
         proposals = [replanner.propose(share) for replanner in active]
         lookups = sum(int(one.lookups.sum()) for one in self.filters)
         sums = torch.zeros(3, dtype=torch.float64, device=self._group_device)
-        sums[0] = sum(proposal.gain for proposal in proposals)
+        sums[0] = promised
         sums[1] = (lookups - self._looked_up) / (steps - self._planned_at)
         sums[2] = sum(proposal.bytes for proposal in proposals)
-        gained, looked_up, moving = self._total(sums).tolist()
+        gained, looked_up, moving = self._total(sums).tolist()  # the gain of all that should move, now or later
         self._looked_up, self._planned_at = lookups, steps
         gain = gained / max(looked_up, 1.0)
         decided = time.perf_counter()
@@ -205,7 +212,7 @@ class HotRows:
         self.replans.append(Replan(steps, gain, worth_it, moved.demoted, moved.promoted, moved.bytes, seconds))
 
     def _wait(self) -> None:
-        """Wait for the device, so that the clock tells what moving cost."""
+        """Wait for the device: so that the clock tells what moving cost, and other streams see what was moved."""
         for device in {one.device for one in self.filters if one.device.type == "cuda"}:
             torch.cuda.synchronize(device)
 
@@ -223,7 +230,7 @@ class HotRows:
                 seen = sum(lookups[f] for f in features)
                 is_whole = whole[place]
                 hot = shard.rows if is_whole else rows[place].numel() if rows else 0
-                planned = self.placement.tables.get(fqn_of(shard)) if self.placement is not None else None
+                planned = self.placement.tables.get(shard.fqn) if self.placement is not None else None
                 mine = TableHits(
                     rows=shard.rows,
                     hot_rows=hot,
@@ -232,7 +239,7 @@ class HotRows:
                     hits=seen if is_whole else sum(hits[f] for f in features),
                     predicted=planned.hit_rate if planned is not None else None,
                 )
-                name = fqn_of(shard)
+                name = shard.fqn
                 tables[name] = tables[name] + mine if name in tables else mine
         return tables
 
@@ -271,8 +278,9 @@ class HotRows:
         """Restore what :meth:`check` has passed. The model is loaded already."""
         saved_rows.load(state, self.filters, self.overlays, self._replanners, self._chunk_bytes)
         self.replans = [Replan(**one) for one in state["replans"]]
-        self._points = [(p["step"], [torch.tensor(p["hits"]), torch.tensor(p["lookups"])]) for p in state["points"]]
+        self._points = [(point["step"], [point["hits"], point["lookups"]]) for point in state["points"]]
         self._looked_up, self._planned_at = state["looked_up"], state["planned_at"]
+        self._wait()
         self._stall.restart()
 
 

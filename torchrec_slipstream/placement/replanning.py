@@ -28,12 +28,10 @@ class Proposal:
 
     Attributes:
         wanted: by the place of a shard, its hot rows: int64 ``[n]``, ascending.
-        gain: look-ups a step that it would serve more.
         bytes: of the rows to move, each counted once.
     """
 
     wanted: dict[int, Tensor] = field(default_factory=dict)
-    gain: float = 0.0
     bytes: int = 0
 
 
@@ -53,6 +51,11 @@ class _Exchange:
     @property
     def moves(self) -> int:
         return self.coming.numel() + self.leaving.numel()
+
+    @property
+    def gain(self) -> float:
+        """Look-ups a step that would be served more."""
+        return float(self.worth[self.coming].double().sum() - self.worth[self.leaving].double().sum())
 
 
 class _PoolPlanner:
@@ -105,8 +108,7 @@ class _PoolPlanner:
         ends = torch.searchsorted(rows, torch.tensor(self.begins[1:-1], device=rows.device)).tolist()
         parts = zip(self.places, self.begins[:-1], rows.tensor_split(ends), strict=True)
         wanted = {place: part - begin for place, begin, part in parts}
-        gain = float(worth[coming].double().sum() - worth[leaving].double().sum())
-        return Proposal(wanted, gain, (coming.numel() + leaving.numel()) * self.pool.row_bytes)
+        return Proposal(wanted, (coming.numel() + leaving.numel()) * self.pool.row_bytes)
 
     def remember(self, now: int) -> None:
         """Call after the move: which rows are new to their slots."""
@@ -183,10 +185,15 @@ class Replanner:
         for pool in self._pools:
             pool.observe(steps)
 
-    def compare(self, now: int) -> int:
-        """Find what should move in re-plan number ``now``; its bytes. :meth:`propose` has to follow."""
+    def compare(self, now: int) -> tuple[int, float]:
+        """Find what should move in re-plan number ``now``. :meth:`propose` has to follow.
+
+        Returns:
+            Its bytes; and the look-ups a step that would be served more.
+        """
         self._exchanges = [pool.compare(self.config, now) for pool in self._pools]
-        return sum(one.moves * pool.pool.row_bytes for one, pool in zip(self._exchanges, self._pools, strict=True))
+        moving = sum(one.moves * pool.pool.row_bytes for one, pool in zip(self._exchanges, self._pools, strict=True))
+        return moving, sum(one.gain for one in self._exchanges)
 
     def propose(self, share: float = 1.0) -> Proposal:
         """What was found, or of each pool's moves the ``share`` that gains most: none has to wait for the others."""
@@ -194,7 +201,6 @@ class Replanner:
         for pool, exchange in zip(self._pools, self._exchanges, strict=True):
             part = pool.propose(exchange, share)
             whole.wanted |= part.wanted
-            whole.gain += part.gain
             whole.bytes += part.bytes
         self._exchanges = []
         return whole
@@ -210,8 +216,9 @@ class Replanner:
             pool.lower(rows, taken)
 
     def state_dict(self) -> list[dict[str, Tensor]]:
-        """What it has learnt, a pool at a time; tensors of its own, not copies."""
-        return [pool.forecast.state_dict() | {"since": pool.since_of_hot()} for pool in self._pools]
+        """What it has learnt, a pool at a time: copies."""
+        learnt = ({name: one.clone() for name, one in pool.forecast.state_dict().items()} for pool in self._pools)
+        return [one | {"since": pool.since_of_hot()} for one, pool in zip(learnt, self._pools, strict=True)]
 
     def check(self, state: Any, hot: Mapping[int, int]) -> None:
         """Raise ValueError unless :meth:`load_state_dict` can restore ``state``, which has so many ``hot`` rows by the

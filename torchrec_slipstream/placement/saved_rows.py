@@ -7,7 +7,7 @@ not saved: rows come into any slots again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -50,7 +50,8 @@ def of(filters: Filters, overlays: Overlays, replanners: Replanners) -> dict[str
 def check_config(state: Mapping[str, Any], config: PlacementConfig) -> None:
     """Raise StateError if the state was made with other knobs, or is cut short."""
     saved = state.get("config", {})
-    if differing := [name for name, value in asdict(config).items() if saved.get(name) != value]:
+    # What the state was shaped by; the other knobs may be turned between two runs.
+    if differing := [name for name in ("hbm_budget", "replan_every") if saved.get(name) != getattr(config, name)]:
         raise StateError(
             f"the saved state was made with another configuration: {differing} differ. Use the same "
             "PlacementConfig to resume, or start without the session's state."
@@ -70,6 +71,12 @@ def check(state: Mapping[str, Any], filters: Filters, overlays: Overlays, replan
     saved, learnt = state.get("shards", {}), state.get("replanners", {})
     for one, overlay, replanner in zip(filters, overlays, replanners, strict=True):
         if overlay is None:
+            lost = {shard.key: saved.get(shard.key, {}).get("hot") for shard in one.shards}
+            if any(isinstance(rows, Tensor) and rows.numel() for rows in lost.values()):
+                raise StateError(
+                    f"shard(s) {', '.join(lost)}: the saved state has hot rows, this session no overlay; resume with "
+                    "the placement or the budget that it was saved with"
+                )
             continue
         hot = {place: _checked(saved, one, overlay, place) for place in range(len(one.shards))}
         for pool in overlay.pools:

@@ -12,14 +12,9 @@ from torch import Tensor
 from torchrec_slipstream.budget import format_bytes
 from torchrec_slipstream.errors import AttachError
 from torchrec_slipstream.placement.placement import Placement, ShardPlacement
-from torchrec_slipstream.tbe import FoundTbe, TableShard
+from torchrec_slipstream.tbe import FoundTbe
 from torchrec_slipstream.tbe.memory import SLOT_WORD_BYTES
 from torchrec_slipstream.tbe.overlay import can_hold, row_bytes_of
-
-
-def fqn_of(shard: TableShard) -> str:
-    """The shard's table as a plan calls it: the path of its collection in the model, and its name."""
-    return f"{shard.collection}.{shard.table}" if shard.collection else shard.table
 
 
 def placed_shards(found: Sequence[FoundTbe], placement: Placement, rank: int) -> list[list[ShardPlacement | None]]:
@@ -36,7 +31,7 @@ def placed_shards(found: Sequence[FoundTbe], placement: Placement, rank: int) ->
     planned = {(shard.table, shard.row_offset, shard.col_offset): shard for shard in placement.on(rank)}
     matched = []
     for one in found:
-        mine = [planned.pop((fqn_of(shard), shard.row_offset, shard.col_offset), None) for shard in one.shards]
+        mine = [planned.pop((shard.fqn, shard.row_offset, shard.col_offset), None) for shard in one.shards]
         for shard, plan in zip(one.shards, mine, strict=True):
             if plan is not None and (plan.rows, plan.columns) != (shard.rows, shard.dim):
                 raise AttachError(
@@ -51,7 +46,7 @@ def placed_shards(found: Sequence[FoundTbe], placement: Placement, rank: int) ->
         matched.append(mine)
     if missing := [key for key, shard in planned.items() if len(shard.hot_rows)]:
         table, row, column = missing[0]
-        known = sorted({fqn_of(shard) for one in found for shard in one.shards})
+        known = sorted({shard.fqn for one in found for shard in one.shards})
         raise AttachError(
             f"table {table!r}: the placement has hot rows of its shard at row {row}, column {column} on rank {rank}, "
             f"but the model has no such shard there (it has tables {known[:5]}). Give the placement that was planned "

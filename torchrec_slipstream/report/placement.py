@@ -87,7 +87,8 @@ class PlacementReport:
             where a budget was given instead.
         predicted_hit_rate, predicted_ms: of the placement: a step's embedding part on the slowest device.
         step_ms: measured mean time of a whole step, the dense part included.
-        seconds: since attach.
+        seconds: since attach, or since a state was loaded, which was after ``first_step`` steps; ``step_ms`` and
+            ``stall_share`` are of that time.
     """
 
     tables: Mapping[str, TableHits]
@@ -99,6 +100,7 @@ class PlacementReport:
     predicted_ms: float | None
     step_ms: float
     seconds: float
+    first_step: int = 0
 
     @property
     def total(self) -> TableHits:
@@ -113,7 +115,12 @@ class PlacementReport:
     @property
     def stall_share(self) -> float:
         """Share of run time for which training waited for re-plans, to decide and to move."""
-        return sum(one.seconds for one in self.replans) / max(self.seconds, 1e-9)
+        return self.stall_seconds / max(self.seconds, 1e-9)
+
+    @property
+    def stall_seconds(self) -> float:
+        """For how long training waited for re-plans, in ``seconds``."""
+        return sum(one.seconds for one in self.replans if one.step > self.first_step)
 
     def hit_rates(self) -> list[tuple[int, float]]:
         """For each recorded step, the hit rate since the one before."""
@@ -146,6 +153,7 @@ class PlacementReport:
             "step_ms": self.step_ms,
             "predicted_ms": self.predicted_ms,
             "seconds": self.seconds,
+            "first_step": self.first_step,
             "moved_rows": self.moved_rows,
             "stall_share": self.stall_share,
             "tables": {
@@ -160,7 +168,7 @@ class PlacementReport:
     def from_dict(values: Mapping[str, Any]) -> PlacementReport:
         """The report that :meth:`to_dict` wrote."""
         names = [one.name for one in fields(TableHits)]
-        plain = ("hbm_bytes", "predicted_bytes", "predicted_hit_rate", "predicted_ms", "step_ms", "seconds")
+        plain = [one.name for one in fields(PlacementReport) if one.name not in ("tables", "points", "replans")]
         return PlacementReport(
             tables={key: TableHits(**{n: table[n] for n in names}) for key, table in values["tables"].items()},
             points=[HitPoint(**point) for point in values["points"]],
@@ -192,7 +200,7 @@ class PlacementReport:
             moved = [one for one in self.replans if one.moved]
             lines.append(
                 f"{len(self.replans)} re-plans, {len(moved)} of them moved rows: {self.moved_rows:,} rows, "
-                f"{format_bytes(sum(one.bytes for one in moved))}, {sum(one.seconds for one in moved):.2f} s "
+                f"{format_bytes(sum(one.bytes for one in moved))}, {self.stall_seconds:.2f} s "
                 f"({self.stall_share:.2%} of the run)"
             )
         rates = self.hit_rates()

@@ -59,6 +59,11 @@ class TableShard:
         return slice(self.row_begin, self.row_begin + (self.rows if self.counted else 1))
 
     @property
+    def fqn(self) -> str:
+        """The table as a plan calls it: the path of its collection in the model, and its name."""
+        return f"{self.collection}.{self.table}" if self.collection else self.table
+
+    @property
     def key(self) -> str:
         """Name that is unique in the whole model and the same in every run with the same sharding."""
         return f"{self.collection}.{self.table}@{self.row_offset}:{self.col_offset}"
