@@ -138,20 +138,16 @@ class Slipstream:
         overlays' fast memory is free when the session object is gone, which still reports.
 
         Raises:
-            StateError: hot rows of a table have trained since others wrote into a tensor taken before that. What was
-                written of them is lost; all is detached.
+            StateError: others wrote into a tensor of a table with hot rows that was taken before the last step. Nothing
+                was detached.
         """
-        failures: list[StateError] = []
+        for overlay in self._hot.overlays:
+            if overlay is not None:
+                overlay.notice_writes()
         for one in self._filters:
-            try:
-                one.detach()
-            except StateError as error:  # said once; now it has been
-                failures.append(error)
-                one.detach()
+            one.detach()
         self._hot.detach()
         self._attached = False
-        if failures:
-            raise failures[0]
 
     def _write_scalars(self, writer: ScalarWriter, steps: int) -> None:
         lookups = sum(int(one.lookups.sum()) for one in self._filters)

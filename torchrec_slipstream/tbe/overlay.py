@@ -180,7 +180,7 @@ class Overlay:
     def _versions_now(self) -> list[int]:
         return [tensor._version for tensor in self._watched]
 
-    def _notice_writes(self) -> None:
+    def notice_writes(self) -> None:
         """Find what others have written into the backing TBE's memory while the overlay had the truth.
 
         Torch counts the writes into a memory; neither FBGEMM's updates nor our own moves take part in that count.
@@ -210,7 +210,7 @@ class Overlay:
         Returns:
             int64 ``[n]``, the slots that are free now.
         """
-        self._notice_writes()
+        self.notice_writes()
         slots = self.words.index_select(0, numbers).long()
         self._moves += 1
         if not self.released:
@@ -221,7 +221,7 @@ class Overlay:
 
     def promote(self, pool: Pool, numbers: Tensor, slots: Tensor) -> None:
         """Give cold rows (``numbers`` as of :meth:`demote`) free ``slots`` of their pool (int64 ``[n]``)."""
-        self._notice_writes()
+        self.notice_writes()
         self._moves += 1
         if not self.released:
             _fill(pool, slots, pool.places.take(numbers))
@@ -233,7 +233,7 @@ class Overlay:
 
         ``for_good``: backwards that are still to come are refused, since nobody would hold the rows again after them.
         """
-        self._notice_writes()
+        self.notice_writes()
         self._moves += for_good
         if self.released:
             return
@@ -244,7 +244,7 @@ class Overlay:
 
     def hold(self) -> None:
         """Let the overlay have the truth of the hot rows again, read from the backing TBE as they are there now."""
-        self._notice_writes()
+        self.notice_writes()
         if not self.released:
             return
         for pool, numbers, slots in self._chunks():
