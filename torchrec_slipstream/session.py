@@ -18,6 +18,7 @@ from torchrec_slipstream.config import SlipstreamConfig
 from torchrec_slipstream.errors import AttachError, ProfileError, StateError
 from torchrec_slipstream.placement import Placement
 from torchrec_slipstream.placement.attaching import attach_hot_rows
+from torchrec_slipstream.placement.hot_rows import HotRows
 from torchrec_slipstream.placement.slots import planned_overlay_bytes
 from torchrec_slipstream.report.placement import HitPoint, PlacementReport, Replan, TableHits
 from torchrec_slipstream.report.report import Report, TableReport
@@ -79,7 +80,8 @@ class Slipstream:
         if not isinstance(self.config, SlipstreamConfig):
             raise AttachError(f"config must be a SlipstreamConfig, not {type(config).__name__}")
         staleness, access = self.config.staleness, self.config.access
-        if isinstance(model, DMPCollection) and (placement is not None or self.config.placement.hbm_budget is not None):
+        wants_hot_rows = placement is not None or self.config.placement.hbm_budget is not None
+        if isinstance(model, DMPCollection) and wants_hot_rows:
             raise AttachError(
                 "a DMPCollection averages its replicas' tables behind the hot rows' back; attach without a placement "
                 "and without hbm_budget, or shard with DistributedModelParallel"
@@ -99,7 +101,8 @@ class Slipstream:
         total = partial(_sum_over, self._group)
         self._counts = LiveCounts(self._filters, access)
         self._tracker = StalenessTracker(self._filters, staleness, total, self._group_device(), scale=access.scale)
-        self._hot = attach_hot_rows(
+        hot_rows = partial(
+            HotRows,
             self._filters,
             self.config.placement,
             placement,
@@ -108,6 +111,7 @@ class Slipstream:
             total=total,
             group_device=self._group_device(),
         )
+        self._hot = attach_hot_rows(hot_rows, total, self._group_device(), collective=wants_hot_rows)
         self._writer = writer
         self._began, self._first_step = time.perf_counter(), 0
         self._attached = True

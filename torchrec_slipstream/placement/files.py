@@ -43,14 +43,13 @@ def _parse(header: dict[str, Any], array: GetArray) -> Placement:
     shards = []
     for i, entry in enumerate(header["shards"]):
         hot_rows = array(f"hot_{i}")
-        ascending = hot_rows.dtype == np.int64 and hot_rows.ndim == 1 and bool((np.diff(hot_rows) > 0).all())
-        within = not len(hot_rows) or (hot_rows[0] >= 0 and hot_rows[-1] < entry["rows"])
-        if not (ascending and within):
+        shard = ShardPlacement(hot_rows=hot_rows, **{name: entry[name] for name in _SHARD})
+        if hot_rows.dtype != np.int64 or hot_rows.ndim != 1 or not shard.has_good_rows:
             raise PlanError(
                 f"table {entry['table']!r}, rank {entry['rank']}: the hot rows are not ascending rows of "
                 f"{entry['rows']}; {FORMAT.remedy}"
             )
-        shards.append(ShardPlacement(hot_rows=hot_rows, **{name: entry[name] for name in _SHARD}))
+        shards.append(shard)
     whole: dict[str, Any] = {
         name: tuple(value) if isinstance(value := header[name], list) else value for name in _WHOLE
     }

@@ -224,7 +224,7 @@ class HotRows:
         for one, overlay, whole in zip(self.filters, self.overlays, self._whole, strict=True):
             lookups = one.lookups.tolist()
             hits = overlay.hits.tolist() if overlay is not None else [0] * len(lookups)
-            rows = saved_rows.hot_by_shard(overlay) if overlay is not None else {}
+            rows = overlay.hot_rows_by_shard() if overlay is not None else {}
             for place, shard in enumerate(one.shards):
                 features = [f for f, table in enumerate(one.feature_table) if table == place]
                 seen = sum(lookups[f] for f in features)

@@ -45,6 +45,12 @@ class ShardPlacement:
     placed_bytes: int
     misses: float
 
+    @property
+    def has_good_rows(self) -> bool:
+        """Whether ``hot_rows`` are ascending rows of the shard."""
+        rows = self.hot_rows
+        return not len(rows) or bool(rows[0] >= 0 and rows[-1] < self.rows and (np.diff(rows) > 0).all())
+
 
 @dataclass(frozen=True, kw_only=True)
 class TablePlacement:

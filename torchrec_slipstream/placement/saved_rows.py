@@ -19,7 +19,6 @@ from torchrec_slipstream.placement.migration import migrate
 from torchrec_slipstream.placement.replanning import Replanner
 from torchrec_slipstream.report.placement import HitPoint, Replan
 from torchrec_slipstream.tbe import UpdateFilter
-from torchrec_slipstream.tbe.compaction import positions_of
 from torchrec_slipstream.tbe.overlay import Overlay
 
 Filters = Sequence[UpdateFilter]
@@ -27,20 +26,12 @@ Overlays = Sequence[Overlay | None]
 Replanners = Sequence[Replanner | None]
 
 
-def hot_by_shard(overlay: Overlay) -> dict[int, Tensor]:
-    """Of all shards at once, by place, the hot rows: int64 ``[n]``, ascending, local."""
-    hot = {place: torch.empty(0, dtype=torch.int64, device=overlay.device) for place in range(len(overlay.shards))}
-    for pool in overlay.pools:
-        hot |= dict(overlay.by_shard(pool, positions_of(overlay.taken(pool)))) if pool.shards else {}
-    return hot
-
-
 def of(filters: Filters, overlays: Overlays, replanners: Replanners) -> dict[str, Any]:
     """The part of the state that is by shard and by overlay; keys are distinct over ranks."""
     shards, learnt = {}, {}
     for one, overlay, replanner in zip(filters, overlays, replanners, strict=True):
         if overlay is not None:
-            for place, rows in hot_by_shard(overlay).items():
+            for place, rows in overlay.hot_rows_by_shard().items():
                 shards[one.shards[place].key] = {"hot": rows, "hits": overlay.hits[_features(one, place)]}
         if replanner is not None:
             learnt[one.shards[0].key] = replanner.state_dict()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,7 +37,7 @@ def placed_shards(found: Sequence[FoundTbe], placement: Placement, rank: int) ->
                     f"table {shard.table}: the placement has a shard of {plan.rows} x {plan.columns} at row "
                     f"{shard.row_offset}, the model one of {shard.rows} x {shard.dim}; plan again for this model"
                 )
-            if plan is not None and not _are_rows_of(plan):
+            if plan is not None and not plan.has_good_rows:
                 raise AttachError(
                     f"table {shard.table}: the hot rows of the placement's shard at row {shard.row_offset} are not "
                     f"ascending rows of its {shard.rows}; plan again, or give ShardPlacement.hot_rows so"
@@ -53,11 +52,6 @@ def placed_shards(found: Sequence[FoundTbe], placement: Placement, rank: int) ->
             "together with this model's sharding"
         )
     return matched
-
-
-def _are_rows_of(plan: ShardPlacement) -> bool:
-    rows = plan.hot_rows
-    return not len(rows) or bool(rows[0] >= 0 and rows[-1] < plan.rows and (np.diff(rows) > 0).all())
 
 
 def may_be_hot(

@@ -126,10 +126,16 @@ class Overlay:
 
     def hot_rows(self, place: int) -> Tensor:
         """int64 ``[n]``, ascending, the shard's hot rows counted from its first."""
+        if (pool := self.pool_of.get(place)) is None:
+            return torch.empty(0, dtype=torch.int64, device=self.device)
+        return dict(self.by_shard(pool, positions_of(self.taken(pool))))[place]
+
+    def hot_rows_by_shard(self) -> dict[int, Tensor]:
+        """:meth:`hot_rows` of all shards at once, by place."""
+        hot = {place: torch.empty(0, dtype=torch.int64, device=self.device) for place in range(len(self.shards))}
         for pool in self.pools:
-            if place in pool.shards:
-                return dict(self.by_shard(pool, positions_of(self.taken(pool))))[place]
-        return torch.empty(0, dtype=torch.int64, device=self.device)
+            hot |= dict(self.by_shard(pool, positions_of(self.taken(pool))))
+        return hot
 
     def taken(self, pool: Pool) -> Tensor:
         """bool ``[slots]``, which slots of the pool a row has."""
