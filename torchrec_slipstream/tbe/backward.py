@@ -49,13 +49,18 @@ class SavedLookups:
     A saved tensor is one of ours if it is the same memory, shape and dtype as what the TBE handed to its C++
     function: by size alone, ``indices`` could not be told from a weight table.
 
+    Args:
+        weights: the per-sample weights, if there are any.
+        are_ones: whether they are all 1, for FBGEMM's sake only.
+
     Attributes:
         cut: the part, to be set before the backward.
     """
 
-    def __init__(self, tbe: TBE, weights: Tensor | None) -> None:
+    def __init__(self, tbe: TBE, weights: Tensor | None, *, are_ones: bool) -> None:
         self._tbe = tbe
         self._weights = weights
+        self._are_ones = are_ones
         self._met: set[str] = set()
         self.cut: Cut | None = None
         self._factor: Tensor | None = None
@@ -86,10 +91,10 @@ class SavedLookups:
         assert self.cut is not None  # set after the forward, or by the hook that precedes this backward
         if name == "offsets":
             return self.cut.offsets()
-        taken = self.cut.take(tensor)
         if name == "weights" and self._factor is not None:
-            taken = taken * self.cut.take(self._factor)
-        return taken
+            factor = self.cut.take(self._factor)
+            return factor if self._are_ones else self.cut.take(tensor) * factor
+        return self.cut.take(tensor)
 
     def scale_weights(self, factor: Tensor) -> None:
         """Let the backward see the per-sample weights times ``factor`` (float32 ``[look-ups]``)."""

@@ -125,7 +125,7 @@ class Part:
         if weights is not None:
             # FBGEMM would compute the weights' gradient over the kept look-ups only, in their shape.
             wanted = torch.zeros(len(self._layout.dims), dtype=torch.int32, device=call.indices.device)
-        self._saved = saved = SavedLookups(self.tbe, weights)
+        self._saved = saved = SavedLookups(self.tbe, weights, are_ones=not self._users_weights)
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
             output = replace(call, weights=weights, feature_requires_grad=wanted).run(self._forward)
         if output.grad_fn is None:

@@ -17,6 +17,8 @@ import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from torch import Tensor
 
+from torchrec_slipstream.tbe.compaction import are_single
+
 # A sample's gradient is told by a few columns of it: the factor that differs between samples, the loss's derivative,
 # is common to all features. Reading all of it would cost as much as the backward saves.
 _PROBED_FEATURES = 4
@@ -47,7 +49,7 @@ def magnitudes(gradient: Tensor, layout: Layout) -> Tensor:
         begins = torch.tensor([0, *layout.dims]).cumsum(0).tolist()
         probed = sorted({features * i // _PROBED_FEATURES for i in range(_PROBED_FEATURES)})
         columns = [gradient[:, begins[f] : begins[f] + min(layout.dims[f], _PROBED_COLUMNS)] for f in probed]
-        size = torch.stack([part.float().square().sum(dim=1) for part in columns]).sum(dim=0).sqrt()
+        size = torch.cat(columns, dim=1).float().square().sum(dim=1).sqrt()
     else:
         size = _variable_norms(gradient, layout)
     mean = size.mean()
@@ -94,11 +96,10 @@ def of_lookups(values: Tensor, offsets: Tensor, layout: Layout, lookups: int) ->
         return values
     if layout.batch_sizes is None:
         values = values.repeat(len(layout.dims))
-    lengths = offsets.diff()
-    if values.device.type == "cpu" and lookups == values.numel() and bool((lengths == 1).all()):
-        return values  # one look-up a bag, as in click logs: nothing to expand, and a tenth of the time to see it
+    if are_single(offsets, lookups):
+        return values  # nothing to expand
     # With the size given, a GPU does not stall to add the lengths up.
-    return torch.repeat_interleave(values, lengths, output_size=lookups)
+    return torch.repeat_interleave(values, offsets.diff(), output_size=lookups)
 
 
 def generator_for(name: str, step: int, draw: int, device: torch.device) -> torch.Generator:

@@ -218,8 +218,9 @@ class UpdateFilter(LookupCounter):
             # 0 for what is dropped, so that one expansion to the look-ups tells both.
             stands_for = torch.where(kept, 1.0 / probability, 0.0)
             stands_for = sampling.of_lookups(stands_for, batch.offsets, layout, live.numel())
-            kept = live | (stands_for > 0)
-            factor = torch.where(live, 1.0, stands_for)
+            # As torch.where(live, 1, stands_for), which takes 10 times as long on a CPU for a mask at random.
+            factor = stands_for * live.logical_not() + live
+            kept = factor > 0
             for part in parts:
                 left_out = part.cut(kept, batch.bounds, factor)
                 # A second backward through a retained graph draws again, but these look-ups were seen once.
