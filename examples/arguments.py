@@ -47,7 +47,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     run.add_argument("--skip", choices=SKIP_MODES, default="off", help="leave out the updates of stale rows, or none")
     run.add_argument("--compare", action="store_true", help="run every --skip mode, one after the other")
-    run.add_argument("--json", type=Path, metavar="FILE", help="write the results there (with --compare: by mode)")
+    run.add_argument("--json", type=Path, metavar="FILE", help="write the results there, for `slipstream report`")
 
     tiers = parser.add_argument_group("hot rows")
     tiers.add_argument("--placement", choices=PLACEMENTS, default="off", help="planned, or found while training (live)")

@@ -1,7 +1,7 @@
 """Trains TorchRec's DLRM on click logs, in one process or under torchrun.
 
     python examples/train_dlrm.py                                    # embedded synthetic data
-    python examples/train_dlrm.py --data day_0.tsv.gz --json run.json
+    python examples/train_dlrm.py --data day_0.tsv.gz --json run.json && slipstream report run.json
     torchrun --nproc-per-node 2 examples/train_dlrm.py
     python examples/train_dlrm.py --compare                          # every --skip mode, side by side
     python examples/train_dlrm.py --placement planned --hbm-budget 10% --replan-every 50
@@ -39,6 +39,7 @@ from examples.tiers import SIMULATED, budget_bytes, tiers_for
 from examples.timing import StepClock
 from torchrec_slipstream import Placement, Report, Slipstream
 from torchrec_slipstream.errors import SlipstreamError
+from torchrec_slipstream.report.record import FORMAT, VERSION, versions
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,8 @@ def train(args: Namespace, data: Data | None = None, attach: Attach | None = Non
                 bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
             if step in test_at:
                 test = evaluate(pipeline, data.test, args.batch_size, device)
-                history.append({"step": step, "samples_seen": step * args.batch_size * world_size, **test})
+                seen = step * args.batch_size * world_size
+                history.append({"step": step, "samples_seen": seen, "seconds": sum(clock.steps), **test})
                 if rank == 0:
                     bar.write(_line(f"skip {args.skip}, step {step} of {steps}", test))
 
@@ -153,6 +155,11 @@ def train(args: Namespace, data: Data | None = None, attach: Attach | None = Non
     if report is not None and report.placement is not None and args.plot and rank == 0:
         report.placement.plot(args.plot)
     return {
+        # What makes this a run's record, of which `slipstream report` makes a page.
+        "format": FORMAT,
+        "version": VERSION,
+        "name": f"skip {args.skip}",
+        "versions": versions(device),
         "skip": args.skip,
         "data": str(args.data),
         "seed": args.seed,

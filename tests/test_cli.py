@@ -19,6 +19,8 @@ import pytest
 from torchrec_slipstream import AccessProfile, Placement, TableAccess
 from torchrec_slipstream.cli import main
 from torchrec_slipstream.placement.calibration import Bandwidths
+from torchrec_slipstream.report.page import page
+from torchrec_slipstream.report.record import RunRecord, load
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -212,6 +214,26 @@ def test_logging_is_left_as_it_was(saved: Path) -> None:
         logger.setLevel(logging.NOTSET)
 
 
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+def test_report_makes_a_page_beside_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    RUN.save(tmp_path / "run.json")
+    assert main(["report", str(tmp_path / "run.json")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'run.html'}: a run\n"
+    assert (tmp_path / "run.html").read_text(encoding="utf-8") == page(load(tmp_path / "run.json"))
+
+
+def test_report_of_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    RUN.save(tmp_path / "one.json")
+    (tmp_path / "two.json").write_text(json.dumps({"off": RUN.to_dict(), "rows": {**RUN.to_dict(), "name": "other"}}))
+    out = tmp_path / "both.html"
+    assert main(["report", str(tmp_path / "one.json"), str(tmp_path / "two.json"), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}: one: a run, two: a run, other\n"
+    text = out.read_text(encoding="utf-8")
+    assert all(f"{name}, step 2: 0.75" in text for name in ("one: a run", "two: a run", "other"))
+
+
 # ------------------------------------------------------------------------------------------------------- what is wrong
 
 
@@ -228,10 +250,22 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     return printed.err.rstrip("\n")
 
 
+RUN = RunRecord(report=None, name="a run", history=[{"step": 1, "auc": 0.625}, {"step": 2, "auc": 0.75}])
+FILES = {
+    "TEXT": "hello\n",
+    "OTHER": "{}",
+    "RUN.html": json.dumps(RUN.to_dict()),
+    "NEWER": json.dumps(RUN.to_dict() | {"version": 99}),
+}
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("", r"^slipstream: the following arguments are required: profile \| plan \(see slipstream --help\)$"),
+        (
+            "",
+            r"^slipstream: the following arguments are required: profile \| plan \| report \(see slipstream --help\)$",
+        ),
         ("frobnicate", "^slipstream: .*invalid choice: 'frobnicate'"),
         ("profile", "^slipstream profile: the following arguments are required: DATA, --out"),
         (
@@ -269,6 +303,18 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         ("plan --profile PROFILE --bandwidths TEXT", "TEXT is not a file of bandwidths .*; measure anew"),
         ("plan --profile PROFILE --out p.json", "--out .*p.json must end in .npz$"),
         ("plan --profile PROFILE --batch-size 0", "--batch-size: '0' is not a whole number of at least 1"),
+        ("report", "^slipstream report: the following arguments are required: RUN"),
+        (
+            "report nowhere.json",
+            "^slipstream report: nowhere.json does not exist; give a run's record: what Report.save",
+        ),
+        ("report .", r"\. is no file; give a run's record"),
+        ("report TEXT", r"TEXT is not JSON \(.*\); give what Report.save or examples/train_dlrm.py --json wrote$"),
+        ("report OTHER", "OTHER is not a run's record; give what Report.save or"),
+        ("report NEWER", "NEWER is of version 99, and this release reads version 1; update torchrec_slipstream$"),
+        ("report OTHER --out p.pdf", r"--out .*p.pdf must end in .html$"),
+        ("report OTHER --out nowhere/p.html", "there is no directory .*nowhere; make it first$"),
+        ("report RUN.html", r"^slipstream report: --out RUN.html is a RUN itself; give another path$"),
         ("plan --calibrate --out b.npz", "--out .*b.npz must end in .json$"),
         ("plan --calibrate --seconds 0", "seconds=0.0 must be a positive number$"),
         ("plan --calibrate --row-bytes 6", "row_bytes=6 must be a positive multiple of 4$"),
@@ -278,7 +324,8 @@ def test_bad_arguments_end_with_one_line(
     arguments: str, said: str, saved: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(saved.parent)
-    (saved.parent / "TEXT").write_text("hello\n")
+    for name, text in FILES.items():
+        (saved.parent / name).write_text(text)
     words = {"LOG": "log.parquet", "PROFILE": "profile.npz"}
     before = sorted(saved.parent.iterdir())
     line = refused(capsys, [words.get(word, word) for word in arguments.split()])

@@ -64,6 +64,34 @@ def test_resumed_run_equals_an_uninterrupted_one(changes: dict[str, object]) -> 
     assert session.report().total.skipped > 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "signal"),
+    [
+        ({}, "gradient"),
+        ({"every": 4}, "gradient"),
+        ({"selection": "duty"}, "gain"),
+        ({"selection": "threshold", "signal": "movement"}, "movement"),
+    ],
+)
+def test_the_report_has_the_configuration_and_how_rows_are_spread(changes: dict[str, object], signal: str) -> None:
+    tbe = make_tbe(ROWS, (8, 8), table_names=["users", "items"])
+    session = Slipstream(tbe, config(**changes))
+    train(tbe, session, range(100))
+    report = session.report()
+    assert report.config["staleness"]["selection"] == session.config.staleness.selection
+    assert report.config["staleness"]["exclude_tables"] == []
+    assert set(report.spread) == {"lookups", signal}
+    every = session.config.access.every
+    assert report.spread["lookups"].total == sum(table.touched_rows for table in report.tables.values())
+    assert 2 ** report.spread["lookups"].lowest == every, "a counted look-up stands for so many"
+    assert report.spread[signal].total > 0
+    if signal == "gradient":
+        assert report.spread[signal].total == 4 * 60, "a magnitude a sample of the last four steps"
+    else:
+        assert report.spread[signal].total <= report.decisions[-1].pool_rows
+    assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
 def test_state_of_another_model_or_config_changes_nothing() -> None:
     tbe = make_tbe(ROWS, (8, 8), table_names=["a", "b"])
     session = Slipstream(tbe, config())

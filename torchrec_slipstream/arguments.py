@@ -27,10 +27,10 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def make_parser(description: str, profile: Command, plan: Command) -> argparse.ArgumentParser:
+def make_parser(description: str, profile: Command, plan: Command, report: Command) -> argparse.ArgumentParser:
     """The parser; ``run`` of what it returns is the command, ``prog`` its name."""
     parser = _Parser(prog="slipstream", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="profile | plan", parser_class=_Parser)
+    commands = parser.add_subparsers(required=True, metavar="profile | plan | report", parser_class=_Parser)
 
     one = commands.add_parser("profile", help="count the look-ups in a parquet file")
     one.set_defaults(run=profile, prog=one.prog)
@@ -73,6 +73,13 @@ def make_parser(description: str, profile: Command, plan: Command) -> argparse.A
                      "(default: 256)")  # fmt: skip
     two.add_argument("--seconds", type=float, default=3.0, help="to measure for (default: 3)")
     two.add_argument("--out", type=Path, metavar="FILE", help="where the placement goes (.npz), or bandwidths (.json)")
+
+    three = commands.add_parser("report", help="make one HTML page of a run's record, or of several side by side")
+    three.set_defaults(run=report, prog=three.prog)
+    three.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="JSON of Report.save, or of train_dlrm.py "
+                       "--json")  # fmt: skip
+    three.add_argument("--out", type=Path, metavar="FILE.html", help="where the page goes (default: beside the first "
+                       "RUN)")  # fmt: skip
     for command in (one, two):
         command.add_argument("--picture", type=Path, metavar="FILE.png", help="draw hit rate over bytes")
         command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")

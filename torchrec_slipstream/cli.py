@@ -1,10 +1,12 @@
 """``slipstream profile``: how often are the rows of a log looked up? ``slipstream plan``: where should they live?
+``slipstream report``: what became of them?
 
     slipstream profile day_0.parquet --columns 'C*' --rows 1000000 --hash modulo --out profile.npz
     slipstream plan --profile profile.npz --hbm-budget 8GiB --devices 8 --picture plan.png
     slipstream plan --calibrate --out bw.json
+    slipstream report run.json --out run.html
 
-Neither needs a GPU, a model or a process group: the plan is for the devices that the options describe. (Calibrating
+None needs a GPU, a model or a process group: the plan is for the devices that the options describe. (Calibrating
 measures the machine it runs on.)
 """
 
@@ -37,6 +39,8 @@ from torchrec_slipstream.errors import ConfigError, PlanError, ProfileError, Sli
 from torchrec_slipstream.placement import Placement, SlipstreamPlanner
 from torchrec_slipstream.placement.calibration import Bandwidths, calibrate
 from torchrec_slipstream.placement.picture import draw
+from torchrec_slipstream.report.page import page
+from torchrec_slipstream.report.record import load_all
 from torchrec_slipstream.tbe.memory import OPTIMIZERS, optimizer_state
 
 _SHARES = (0.01, 0.05, 0.1, 0.25)
@@ -47,7 +51,7 @@ _WEIGHTS = {4: DataType.FP32, 2: DataType.FP16}
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line (default: ``sys.argv``'s); its exit status. What cannot be done ends in one message."""
-    args = make_parser(__doc__ or "", profile, plan).parse_args(argv)
+    args = make_parser(__doc__ or "", profile, plan, report).parse_args(argv)
     try:
         with _hushed():
             return int(args.run(args))
@@ -239,6 +243,23 @@ def _plan_dict(made: Placement) -> dict[str, Any]:
             for fqn, table in made.tables.items()
         },
     }
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+def report(args: argparse.Namespace) -> int:
+    """``slipstream report``."""
+    for run in args.runs:
+        is_file(run, "a run's record: what Report.save or examples/train_dlrm.py --json wrote")
+    out = args.out if args.out is not None else args.runs[0].with_suffix(".html")
+    can_write(out, "--out", ".html")
+    if any(out.exists() and out.samefile(run) for run in args.runs):
+        raise ConfigError(f"--out {out} is a RUN itself; give another path")
+    found = load_all(args.runs)
+    out.write_text(page(found), encoding="utf-8")
+    print(f"{out}: {', '.join(run.name for run in found)}")
+    return 0
 
 
 def _say(prog: str, message: str) -> None:

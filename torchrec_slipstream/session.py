@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from dataclasses import asdict
 from functools import partial, reduce
 from typing import Any, Protocol, overload
 
@@ -20,6 +22,7 @@ from torchrec_slipstream.placement import Placement
 from torchrec_slipstream.placement.attaching import attach_hot_rows
 from torchrec_slipstream.placement.hot_rows import HotRows
 from torchrec_slipstream.placement.slots import planned_overlay_bytes
+from torchrec_slipstream.report.octaves import Octaves
 from torchrec_slipstream.report.placement import HitPoint, PlacementReport, Replan, TableHits
 from torchrec_slipstream.report.report import Report, TableReport
 from torchrec_slipstream.staleness.tracker import StalenessTracker
@@ -194,7 +197,17 @@ class Slipstream:
             target_share=self.config.staleness.target_share,
             decisions=list(tracker.decisions),
             placement=self._placement_report(elapsed),
+            config=json.loads(json.dumps(asdict(self.config))),  # tuples as lists: what a file gives back is the same
+            spread=self._spread(),
         )
+
+    def _spread(self) -> dict[str, Octaves]:
+        found: dict[str, Octaves] = {}
+        for part in self._gather(self._tracker.spread()):
+            for of_tbe in part:
+                for name, mine in of_tbe.items():
+                    found[name] = found.get(name, Octaves()) + mine
+        return found
 
     def _placement_report(self, elapsed: float) -> PlacementReport | None:
         hot = self._hot

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
+from torchrec_slipstream.report.octaves import Octaves
 from torchrec_slipstream.report.placement import PlacementReport
 
 
@@ -58,6 +61,14 @@ class Report:
 
     ``seconds`` is wall time since attach, ``tracker_seconds`` the part of it spent in decisions (snapshots, counts,
     search and collectives; on this rank).
+
+    ``config`` is the session's :class:`SlipstreamConfig` as plain values, empty where it is not known; ``spread`` how
+    rows and samples differ in what the choice goes by, over all ranks:
+
+    - ``"lookups"``: of each row with a count, its look-ups so far (as they fade; column shards each count the row);
+    - ``"gradient"``: of each sample in the watched steps before the last decision, the size of the gradient, over its
+      batch's mean (``selection="sampling"``);
+    - ``"movement"``, ``"gain"`` or ``"drift"``: of each row that may be stale, the signal (other selections).
     """
 
     tables: dict[str, TableReport]
@@ -67,6 +78,8 @@ class Report:
     target_share: float
     decisions: list[Decision] = field(repr=False)
     placement: PlacementReport | None = field(default=None, repr=False)
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    spread: Mapping[str, Octaves] = field(default_factory=dict, repr=False)
 
     @property
     def total(self) -> TableReport:
@@ -103,7 +116,32 @@ class Report:
             "tables": {name: asdict(t) | {"skipped_share": t.skipped_share} for name, t in self.tables.items()},
             "decisions": [asdict(d) for d in self.decisions],
             "placement": self.placement.to_dict() if self.placement is not None else None,
+            "config": self.config,
+            "spread": {name: octaves.to_dict() for name, octaves in self.spread.items()},
         }
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        history: Sequence[Mapping[str, float]] = (),
+        step_ms: Mapping[str, float] | None = None,
+    ) -> None:
+        """Write the record of this run, which ``slipstream report`` makes a page of. One rank's is enough.
+
+        Args:
+            path: of the JSON file; it appears whole or not at all.
+            history: metrics over time, each a ``step`` and what was measured then:
+                ``{"step": 500, "auc": 0.78, "log_loss": 0.45}``. Other names are drawn as well.
+            step_ms: milliseconds of a step by part, in the order to draw them, with names of your own; ``median``,
+                ``p20`` and ``p80`` are those of whole steps.
+
+        Raises:
+            ConfigError: a history entry has no step, or is no number; or the path cannot be written.
+        """
+        from torchrec_slipstream.report.record import RunRecord
+
+        RunRecord(report=self, history=list(history), step_ms=dict(step_ms or {})).save(path)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Report:
@@ -113,6 +151,8 @@ class Report:
             tables={key: TableReport(**{n: table[n] for n in names}) for key, table in values["tables"].items()},
             decisions=[Decision(**decision) for decision in values["decisions"]],
             placement=PlacementReport.from_dict(values["placement"]) if values.get("placement") else None,
+            config=values.get("config", {}),
+            spread={name: Octaves.from_dict(one) for name, one in values.get("spread", {}).items()},
             **{name: values[name] for name in ("steps", "seconds", "tracker_seconds", "target_share")},
         )
 

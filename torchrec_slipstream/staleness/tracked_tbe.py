@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchrec_slipstream.config import StalenessConfig
 from torchrec_slipstream.errors import AttachError, StateError
+from torchrec_slipstream.report.octaves import Octaves
 from torchrec_slipstream.staleness import selection
 from torchrec_slipstream.staleness.pool import RowPool
 from torchrec_slipstream.staleness.signals import SIGNALS, RowView, Signal
@@ -168,6 +169,17 @@ class TrackedTbe:
         left_out = float((pool.rate.double() * (1.0 - pool.duty.double())).sum())
         rows = [pool.rows.numel(), int(stale.sum()), int(pool.thawed.sum()), int(refrozen.sum())]
         return torch.tensor([*rows, left_out], dtype=torch.float64)
+
+    def spread(self) -> dict[str, Octaves]:
+        """How this TBE's rows and samples differ in what the choice goes by: see ``Report.spread``."""
+        found = {"lookups": Octaves.of(self.filter.touches, self.scale)}
+        if self.signal is None:
+            found["gradient"] = sum(map(Octaves.of, self.filter.magnitudes), Octaves())
+        else:
+            found[next(name for name, kind in SIGNALS.items() if type(self.signal) is kind)] = Octaves.of(
+                self.pool.score
+            )
+        return found
 
     # ------------------------------------------------------------------------------------------- its state
 

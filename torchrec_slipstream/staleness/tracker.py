@@ -17,6 +17,7 @@ from torch import Tensor
 
 from torchrec_slipstream.config import StalenessConfig
 from torchrec_slipstream.errors import StateError
+from torchrec_slipstream.report.octaves import Octaves
 from torchrec_slipstream.report.report import Decision
 from torchrec_slipstream.staleness import selection
 from torchrec_slipstream.staleness.tracked_tbe import TrackedTbe
@@ -191,6 +192,10 @@ class StalenessTracker:
             window = torch.tensor(config.search_window * table_rate, dtype=torch.float64)
             threshold = selection.bisect_threshold(score, rate, wanted, window, self._total)
         return list(torch.where(score < threshold, 0.0, 1.0).split(sizes))
+
+    def spread(self) -> list[dict[str, Octaves]]:
+        """How rows and samples differ in what the choice goes by, of every TBE of this rank: see ``Report.spread``."""
+        return [tbe.spread() for tbe in self._tbes]
 
     # ------------------------------------------------------------------------------------------- its state
 

@@ -1,0 +1,76 @@
+"""Real runs for the tests of records and pages, and how a page is read."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import torch
+
+from examples.arguments import parse_arguments
+from examples.runtime import process_group
+from examples.train_dlrm import train
+from tests.staleness.test_tracker import ROWS, config
+from tests.staleness.test_tracker import train as steps_of
+from tests.tables import make_tbe
+from torchrec_slipstream import Report, Slipstream
+
+_EMPTY = ("meta", "br")
+
+
+def session_report(names: tuple[str, str] = ("users", "items"), **changes: object) -> Report:
+    """The report of a session alone, over two tables and 100 steps."""
+    tbe = make_tbe(ROWS, (8, 8), table_names=list(names))
+    session = Slipstream(tbe, config(**changes))
+    steps_of(tbe, session, range(100))
+    return session.report()
+
+
+def dlrm_run(*more: str) -> dict[str, Any]:
+    """What a short run of train_dlrm.py writes with --json; hot rows planned and re-planned, updates left out."""
+    small = "--rows-per-table 200 --embedding-dim 8 --dense-mlp 16 --over-mlp 16 --samples 4000 --batch-size 50"
+    rest = "--evaluations 3 --skip rows --interval 8 --warmup-steps 16 --device cpu --sharding table_wise"
+    hot = "--placement planned --hbm-budget 25% --replan-every 8"
+    with process_group(torch.device("cpu")):
+        return train(parse_arguments([*f"{small} {rest} {hot}".split(), *more]))
+
+
+class Page(HTMLParser):
+    """A page's tags, its text and its charts; every tag that opens must close in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self._open == []
+        self.charts = {
+            chart.get("aria-label"): chart
+            for chart in (ElementTree.fromstring(found) for found in re.findall(r"<svg.*?</svg>", html, re.DOTALL))
+        }
+
+    @staticmethod
+    def of(path: Path) -> Page:
+        return Page(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        if tag not in _EMPTY:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data + "\n"
+
+    def said(self, chart: str) -> list[str]:
+        """The tooltips of a chart."""
+        return [one.text or "" for one in self.charts[chart].iter("title")]

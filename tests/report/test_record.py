@@ -1,0 +1,162 @@
+"""Runs' records: what is written is what is read, and what is no record is told from one."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.report.runs import dlrm_run, session_report
+from torchrec_slipstream import ConfigError, Report
+from torchrec_slipstream.report.page import page
+from torchrec_slipstream.report.record import FORMAT, RunRecord, load, load_all
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return session_report()
+
+
+@pytest.fixture(scope="module")
+def run() -> dict[str, Any]:
+    return json.loads(json.dumps(dlrm_run()))
+
+
+def test_a_sessions_record_is_read_as_written(report: Report, tmp_path: Path) -> None:
+    history: list[Any] = [
+        {"step": np.int64(50), "auc": np.float32(0.5)},
+        {"step": 100, "auc": math.nan, "log_loss": 0.25},
+    ]
+    report.save(tmp_path / "mine.json", history=history, step_ms={"forward": 1.5, "median": 4})
+    (found,) = load(tmp_path / "mine.json")
+    assert found.report == report
+    assert found.name == "mine", "a session has no name but its file's"
+    assert found.history == [{"step": 50, "auc": 0.5}, {"step": 100, "auc": None, "log_loss": 0.25}]
+    assert found.step_ms == {"forward": 1.5, "median": 4.0}
+    assert found.versions["torch"] == torch.__version__
+    assert found.versions["torchrec"][0].isdigit()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.json"], "no temporary file is left"
+
+
+def test_train_dlrms_result_is_a_record(run: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "one.json").write_text(json.dumps(run))
+    (found,) = load(tmp_path / "one.json")
+    assert found.report == Report.from_dict(run["slipstream"])
+    assert found.report is not None
+    assert found.report.placement is not None
+    assert found.name == "skip rows"
+    assert found.history == run["history"]
+    assert found.step_ms == run["step_ms"]
+    assert found.best_possible == run["best_possible"]
+    assert found.facts["world_size"] == 1
+    assert "plan" not in found.facts, "plain values only"
+
+
+def test_runs_side_by_side_have_names_of_their_own(run: dict[str, Any], tmp_path: Path) -> None:
+    bare = {**run, "slipstream": None, "name": "skip off"}
+    (tmp_path / "a.json").write_text(json.dumps({"off": bare, "rows": run}))
+    (tmp_path / "b.json").write_text(json.dumps(run))
+    first, second = load(tmp_path / "a.json")
+    assert (first.name, first.report, second.name) == ("skip off", None, "skip rows")
+    found = load_all([tmp_path / "a.json", tmp_path / "b.json", tmp_path / "b.json"])
+    assert [one.name for one in found] == ["skip off", "a: skip rows", "b: skip rows", "b: skip rows (2)"]
+    assert found[3].report == found[1].report
+
+
+@pytest.mark.parametrize(
+    ("history", "step_ms", "said"),
+    [
+        ([{"auc": 0.5}], None, r"history: \{'auc': 0.5\} has no step; give entries such as"),
+        ([{"step": 1.5}], None, r"history: \{'step': 1.5\} has no step"),
+        ([0.5], None, "history: 0.5 has no step"),
+        ([{"step": 1, "auc": "high"}], None, "history, step 1: 'auc' is 'high'; give a number"),
+        ([], {"forward": None}, "step_ms: 'forward' is None; give milliseconds as a number"),
+    ],
+)
+def test_what_is_not_a_metric_is_not_written(
+    history: list[Any], step_ms: Any, said: str, report: Report, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        report.save(tmp_path / "run.json", history=history, step_ms=step_ms)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_that_cannot_be_written(report: Report, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot write .*nowhere.*run.json: No such file or directory; give a path"):
+        report.save(tmp_path / "nowhere" / "run.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda run: "hello", "is not a run's record; give what Report.save or"),
+        (lambda run: [run], "is not a run's record"),
+        (lambda run: {}, "is not a run's record"),
+        (lambda run: run["slipstream"], "is not a run's record"),
+        (lambda run: {"one": run, "two": {"format": "another"}}, "is not a run's record"),
+        (lambda run: {**run, "format": "torchrec_slipstream.bandwidths"}, "is not a run's record"),
+        (lambda run: {**run, "version": 2}, "is of version 2, and this release reads version 1; update torchrec_sl"),
+        (lambda run: {**run, "version": 0}, "is of version 0, .*; give what .* wrote in this release"),
+        (lambda run: {key: run[key] for key in run if key != "slipstream"}, r"is damaged \(KeyError: 'slipstream'\)"),
+        (lambda run: {**run, "slipstream": {**run["slipstream"], "steps": "many"}}, "damaged .*steps is 'many'"),
+        (lambda run: {**run, "slipstream": {**run["slipstream"], "decisions": [{"step": 1}]}}, "is damaged"),
+        (lambda run: {**run, "history": [{"auc": 1}]}, "has no step"),
+        (lambda run: {**run, "step_ms": 7}, "is damaged"),
+    ],
+)
+def test_what_is_no_record_is_refused(
+    change: Callable[[dict[str, Any]], Any], said: str, run: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(change(json.loads(json.dumps(run)))))
+    with pytest.raises(ConfigError, match=said) as raised:
+        load(path)
+    assert str(raised.value).startswith(f"{path} ")
+
+
+def test_files_that_are_not_json(tmp_path: Path) -> None:
+    for content in (b"hello", b"\xff\xfe", b'{"format": "torch', b""):
+        (tmp_path / "run.json").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"run.json is not JSON \(.*\); give what Report.save or"):
+            load(tmp_path / "run.json")
+    with pytest.raises(ConfigError, match=r"none.json: No such file or directory; give what"):
+        load(tmp_path / "none.json")
+
+
+def test_every_wrong_value_is_refused_or_drawn(run: dict[str, Any]) -> None:
+    """Whatever has become of a value, a page is drawn or a ConfigError says that the file is damaged."""
+    for holder in (run["slipstream"], run["slipstream"]["placement"]):
+        holder["tables"] = dict(list(holder["tables"].items())[:1])
+    text = json.dumps(run)
+    refused = 0
+    for path in _places(run):
+        wrong: Any
+        for wrong in ("x", None, {}, -1):
+            changed = json.loads(text)
+            holder = changed
+            for key in path[:-1]:
+                holder = holder[key]
+            holder[path[-1]] = wrong
+            try:
+                record = RunRecord.from_dict(changed, "run")
+            except ConfigError:
+                refused += 1
+                continue
+            page([record])
+    assert refused > 100
+
+
+def _places(values: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where values lie, of lists only the first."""
+    inner = values.items() if isinstance(values, dict) else enumerate(values[:1]) if isinstance(values, list) else ()
+    return [place for key, one in inner for place in [(*path, key), *_places(one, (*path, key))]]
+
+
+def test_the_format_is_named() -> None:
+    assert RunRecord(report=None).to_dict()["format"] == FORMAT == "torchrec_slipstream.run"
