@@ -10,6 +10,7 @@ import io
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -140,6 +141,13 @@ def keep_freed_memory() -> None:
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of <malloc.h>
     libc.mallopt(trim_threshold, 2**30)
     libc.mallopt(mmap_threshold, 2**30)
+
+
+def peak_bytes(device: str = "cpu") -> int:
+    """The most memory that this process, or of a GPU what PyTorch in it, ever had: all providers together."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
