@@ -23,10 +23,10 @@ PIP_FLAGS ?=
 # What ruff and mypy look at, of what is there.
 SOURCES := $(wildcard torchrec_slipstream examples benchmarks)
 
-.PHONY: help venv demo test lint format clean
+.PHONY: help venv demo test test-versions bench lint format clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
 
 venv: $(STAMP)  ## set up .venv (again only when the lock or pyproject.toml changed)
 
@@ -68,6 +68,22 @@ demo: venv  ## train a DLRM with and without stale-update skipping, side by side
 
 test: venv  ## run the tests
 	$(PY) -m pytest -q
+
+# VERSIONS="1.6.1 1.9.2" for some only, PYTEST="tests/tbe -x" for pytest, JOBS=2 for two at a time, TABLE=FILE for the
+# table.
+VERSIONS ?= 1.6.1 1.7.0 1.8.0 1.9.2
+PYTEST   ?=
+JOBS     ?= 1
+TABLE    ?=
+
+test-versions: venv  ## run the tests on each torchrec that is supported (ten minutes each)
+	$(PY) -m tests.versions --versions $(VERSIONS) --pytest="$(PYTEST)" --jobs $(JOBS) $(if $(TABLE),--markdown "$(TABLE)") \
+	    --make "TORCH_INDEX=$(TORCH_INDEX)" "PIP_FLAGS=$(PIP_FLAGS)"
+
+bench: venv  ## run every benchmark that a laptop can (15 minutes), rows to benchmarks/data/
+	@set -eu; while read -r question; do \
+	    echo "=== python -m benchmarks.$$question"; $(PY) -W ignore -m benchmarks.$$question </dev/null; \
+	done <benchmarks/laptop.txt
 
 lint: venv  ## ruff and mypy
 	$(VENV)/bin/ruff check .

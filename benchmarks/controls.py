@@ -16,7 +16,7 @@ from torchrec_slipstream.staleness.signals import RowView
 from torchrec_slipstream.tbe import UpdateFilter, find_tbes
 from torchrec_slipstream.tbe.finding import FoundTbe
 
-PROVIDERS = ("ours", "random_rows", "random_lookups", "movement")
+PROVIDERS = ("ours", "ours_tail", "random_rows", "random_lookups", "movement")
 # No row is due for a thaw in any run: where the choice is drawn afresh every time, that thaws by itself.
 _NEVER = 2**40
 
@@ -105,6 +105,8 @@ def attach_provider(provider: str, model: DistributedModelParallel, config: Slip
         return session
     if provider == "movement":
         config = replace(config, staleness=replace(staleness, selection="threshold", signal="movement"))
+    elif provider == "ours_tail":
+        config = replace(config, staleness=replace(staleness, tail_share=0.75))
     elif provider != "ours":
         raise ValueError(f"provider is {provider!r}; give one of {', '.join(PROVIDERS)}")
     return Slipstream(model, config)

@@ -7,6 +7,7 @@ seed start from the same weights and see the same samples in the same order, so 
 providers:
 
 ``ours``            the default StalenessConfig with this share as its target.
+``ours_tail``       the same with ``tail_share`` 0.75: rare rows first, whose updates cost most time.
 ``random_rows``     as many look-ups, of random ones among the trained rows, drawn again at every decision.
 ``random_lookups``  every look-up with this probability, of trained rows or not.
 ``movement``        the paper's: rows that move least a touch, below one threshold, thawed in turn.
@@ -86,8 +87,8 @@ def job(args: Namespace, seed: int) -> Namespace:
     return job_arguments(words)
 
 
-def run(arguments: Namespace, data: Data, provider: str, share: float) -> dict[str, Any]:
-    """One training: test AUC and log-loss, the measured share and the tracker's share of the time."""
+def train_with(arguments: Namespace, data: Data, provider: str, share: float) -> dict[str, Any]:
+    """One training with a provider, or with "none": what the main job returns of it."""
     arguments = Namespace(**{**vars(arguments), "skip_share": share, "skip": "off" if provider == "none" else "rows"})
     attach = attach_slipstream(arguments, data)
     if provider != "none":
@@ -96,7 +97,12 @@ def run(arguments: Namespace, data: Data, provider: str, share: float) -> dict[s
             return attach_provider(provider, model, session_config(arguments, steps), arguments.seed)
 
     with redirect_stdout(io.StringIO()):  # the job reports every evaluation there
-        result = train(arguments, data, attach)
+        return train(arguments, data, attach)
+
+
+def run(arguments: Namespace, data: Data, provider: str, share: float) -> dict[str, Any]:
+    """One training: test AUC and log-loss, the measured share and the tracker's share of the time."""
+    result = train_with(arguments, data, provider, share)
     slip = result["slipstream"]
     return {
         "auc": result["test"]["auc"],

@@ -4,21 +4,28 @@ A *hot* row is one of those given fast memory. A *stale* row is a **trained** ro
 left to gain. (Elsewhere "stale" often means untouched for long; ours is the opposite: a row must have been touched.)
 """
 
-from torchrec_slipstream.access import AccessProfile, TableAccess
-from torchrec_slipstream.config import AccessConfig, PlacementConfig, SlipstreamConfig, StalenessConfig
-from torchrec_slipstream.errors import (
-    AttachError,
-    ConfigError,
-    LookupRangeError,
-    PlanError,
-    ProfileError,
-    SlipstreamError,
-    StateError,
-)
-from torchrec_slipstream.placement import Placement, SlipstreamPlanner, SlipstreamStats
-from torchrec_slipstream.report.placement import PlacementReport
-from torchrec_slipstream.report.report import Report, TableReport
-from torchrec_slipstream.session import Slipstream
+from torchrec_slipstream.installed import versions_note
+
+try:
+    from torchrec_slipstream.access import AccessProfile, TableAccess
+    from torchrec_slipstream.config import AccessConfig, PlacementConfig, SlipstreamConfig, StalenessConfig
+    from torchrec_slipstream.errors import (
+        AttachError,
+        ConfigError,
+        LookupRangeError,
+        PlanError,
+        ProfileError,
+        SlipstreamError,
+        StateError,
+    )
+    from torchrec_slipstream.placement import Placement, SlipstreamPlanner, SlipstreamStats
+    from torchrec_slipstream.report.placement import PlacementReport
+    from torchrec_slipstream.report.report import Report, TableReport
+    from torchrec_slipstream.session import Slipstream
+except Exception as error:
+    # Most likely a name that this FBGEMM or TorchRec has elsewhere, or libraries that do not load together.
+    error.add_note(versions_note())
+    raise
 
 __all__ = [
     "AccessConfig",

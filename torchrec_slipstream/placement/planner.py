@@ -40,6 +40,7 @@ from torchrec_slipstream.placement.shortage import explain_shortage
 from torchrec_slipstream.placement.stats import SlipstreamStats
 from torchrec_slipstream.placement.summary import placement_of
 from torchrec_slipstream.placement.tables import gives_pooling, with_measured_pooling
+from torchrec_slipstream.placement.upstream import check_planner
 
 BACKINGS = ("caching", "uvm")
 Callback = Callable[[list[ShardingOption]], list[ShardingOption]]
@@ -79,6 +80,7 @@ class SlipstreamPlanner(EmbeddingShardingPlanner):
 
     Raises:
         ConfigError: an argument is out of its range.
+        PlanError: the installed TorchRec lacks something that planning relies on; the message says what.
 
     Example::
 
@@ -111,6 +113,7 @@ class SlipstreamPlanner(EmbeddingShardingPlanner):
             raise ConfigError(f"batch_size={batch_size!r}; give at least one sample a device and step")
         if backing not in BACKINGS:
             raise ConfigError(f"backing={backing!r} must be one of {', '.join(map(repr, BACKINGS))}")
+        check_planner()
         self.profile = profile
         self.backing = backing
         self.topology = topology if topology is not None else this_topology()

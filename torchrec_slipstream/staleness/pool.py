@@ -37,7 +37,7 @@ class RowPool:
     snapshots: list[Tensor]
     fresh: Tensor | None = None
 
-    STATE_BYTES = 8 + 6 * 4 + 1
+    STATE_BYTES = 8 + 6 * 4 + 2
 
     @staticmethod
     def empty(device: torch.device, snapshot_dims: list[int], snapshot_dtype: torch.dtype) -> RowPool:

@@ -14,6 +14,7 @@ from torchrec_slipstream.errors import AttachError, LookupRangeError
 from torchrec_slipstream.tbe.finding import TBE, Attached
 from torchrec_slipstream.tbe.part import Call
 from torchrec_slipstream.tbe.preparing import bounds_unchecked, without_hot
+from torchrec_slipstream.tbe.versions import MORE_ARGUMENTS
 
 if TYPE_CHECKING:
     from torchrec_slipstream.tbe.update_filter import UpdateFilter
@@ -34,10 +35,10 @@ class _FilteredTbe(Attached):
         *rest: Any,
         **more: Any,
     ) -> Tensor:
-        if len(rest) > len(_MORE_ARGUMENTS):
-            raise TypeError(f"forward() takes at most {5 + len(_MORE_ARGUMENTS)} arguments, not {5 + len(rest)}")
+        if len(rest) > len(MORE_ARGUMENTS):
+            raise TypeError(f"forward() takes at most {5 + len(MORE_ARGUMENTS)} arguments, not {5 + len(rest)}")
         # Named here, so that a call by position and one by name reach FBGEMM alike.
-        more |= zip(_MORE_ARGUMENTS, rest, strict=False)
+        more |= zip(MORE_ARGUMENTS, rest, strict=False)
         try:
             call = Call(
                 indices, offsets, per_sample_weights, feature_requires_grad, batch_size_per_feature_per_rank, more
@@ -106,14 +107,6 @@ class _FilteredTbe(Attached):
         )
 
 
-# What FBGEMM's forward takes after those above, in its order (the same from 1.6 to 1.8).
-_MORE_ARGUMENTS = (
-    "total_unique_indices",
-    "hash_zch_identities",
-    "hash_zch_runtime_meta",
-    "vbe_output",
-    "vbe_output_offsets",
-)
 _CLASSES: dict[type, type] = {}
 
 

@@ -19,6 +19,13 @@ from torchrec.optim.fused import FusedOptimizerModule
 from torchrec.optim.keyed import KeyedOptimizer
 
 from torchrec_slipstream.errors import AttachError
+from torchrec_slipstream.tbe.versions import (
+    check_collection,
+    check_kernel,
+    check_parallel,
+    check_specs,
+    check_tbe,
+)
 
 TBE: TypeAlias = SplitTableBatchedEmbeddingBagsCodegen
 
@@ -108,7 +115,8 @@ def find_tbes(
     Raises:
         AttachError: no TBE at all; a table without a fused update (data parallel, dense, key-value); an optimizer
             for which a skipped update would be wrong; a TBE that is attached already; a name in
-            ``exclude_tables`` or ``sketch_tables`` that is not in the model.
+            ``exclude_tables`` or ``sketch_tables`` that is not in the model; a version of FBGEMM or TorchRec that
+            lacks something this room relies on (``versions.py``).
     """
     found: list[FoundTbe] = []
     problems: list[str] = []
@@ -122,10 +130,13 @@ def find_tbes(
         if (plan := getattr(module, "module_sharding_plan", None)) is not None:
             names |= set(plan)
             collections[path] = module
+        if isinstance(module, BaseEmbedding):
+            check_kernel(module)
         if isinstance(module, BaseEmbedding) and hasattr(module, "emb_module"):
             tbe, shards = module.emb_module, _kernel_shards(module, path)
             owned.add(id(tbe))
             owner = collections.get(_collection_of(path))
+            check_collection(path, owner is not None)
             optimizer = module.fused_optimizer if isinstance(module, FusedOptimizerModule) else None
         elif (
             isinstance(module, (SplitTableBatchedEmbeddingBagsCodegen, DenseTableBatchedEmbeddingBagsCodegen))
@@ -167,6 +178,7 @@ def process_group_of(model: nn.Module) -> dist.ProcessGroup | None:
     where ``torch.distributed`` is not initialized, and this process is alone."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
+    check_parallel(model)
     environment: Any = getattr(model, "_env", None)
     return environment.process_group if environment is not None else dist.group.WORLD
 
@@ -217,7 +229,9 @@ def _kernel_shards(kernel: BaseEmbedding, path: str) -> tuple[TableShard, ...]:
 
 def _bare_shards(tbe: nn.Module, path: str) -> tuple[TableShard, ...]:
     """Shards of a TBE that somebody built by hand: its tables are whole."""
-    specs = [(spec[0], spec[1]) for spec in getattr(tbe, "embedding_specs", [])]
+    check_specs(tbe)
+    embedding_specs: Any = tbe.embedding_specs
+    specs = [(spec[0], spec[1]) for spec in embedding_specs]
     names = getattr(tbe, "table_names", None) or [f"table_{i}" for i in range(len(specs))]
     shards, begin = [], 0
     for name, (rows, dim) in zip(names, specs, strict=True):
@@ -227,13 +241,14 @@ def _bare_shards(tbe: nn.Module, path: str) -> tuple[TableShard, ...]:
 
 
 def _why_not(tbe: nn.Module, *, skips: bool) -> str | None:
-    """Why this TBE's updates cannot be filtered, or None if they can."""
+    """Why this TBE's updates cannot be filtered, or None if they can. AttachError: its version lacks something."""
     if isinstance(tbe, Attached):
         return "a Slipstream session is attached already; detach() it first"
     if isinstance(tbe, DenseTableBatchedEmbeddingBagsCodegen):
         return "it is dense or data parallel, its update is not fused into FBGEMM's backward"
     if not isinstance(tbe, SplitTableBatchedEmbeddingBagsCodegen):
         return f"{type(tbe).__name__} is not FBGEMM's SplitTableBatchedEmbeddingBagsCodegen"
+    check_tbe(tbe)
     if (why := _WHY_REFUSED.get(tbe.optimizer)) is not None:
         return f"optimizer {tbe.optimizer} cannot be filtered: {why}"
     # FBGEMM's hook before the backward overwrites lxu_cache_locations with those of the batch's *distinct* rows, sorted

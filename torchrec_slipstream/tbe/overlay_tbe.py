@@ -18,13 +18,16 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torchrec_slipstream.errors import AttachError
 from torchrec_slipstream.tbe.backing import BackingRows
 from torchrec_slipstream.tbe.finding import TBE, FoundTbe, TableShard
+from torchrec_slipstream.tbe.versions import check_overlay
 
 _WEIGHTS = (SparseType.FP32, SparseType.FP16, SparseType.BF16)
 
 
 def check_can_have_overlay(found: FoundTbe) -> None:
-    """Raises AttachError where the TBE's weights, outputs or options are such that an overlay would not be exact."""
+    """Raises AttachError where the TBE's weights, outputs or options are such that an overlay would not be exact,
+    and where its version lacks what an overlay relies on."""
     tbe = found.tbe
+    check_overlay(tbe, found.optimizer)
     tables = ", ".join(sorted({shard.table for shard in found.shards}))
     if list(tbe.feature_table_map) != sorted(tbe.feature_table_map):
         # FBGEMM's CPU backward goes wrong there without an overlay as well; ours numbers slots by runs of features.
