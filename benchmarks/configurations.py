@@ -1,9 +1,9 @@
 """The DLRM configurations of the papers, and an embedding-bound one, with traffic to train them on.
 
 Layers, dims and data sets are those of FAE's and Slipstream's tables (arXiv 2103.00686, 2404.04270). Kaggle's and
-Avazu's tables have a row for every id of the public data sets; Terabyte's are as large as in TorchRec's DLRM example, 178M
-rows, as the papers do not say how theirs, 266M, are spread over the features. Tables larger than ``max_rows`` are made
-as small by hashing, as one does where they do not fit: a configuration says so in its parameters.
+Avazu's tables have a row for every id of the public data sets; Terabyte's are as large as in TorchRec's DLRM example,
+178M rows, as the papers do not say how theirs, 266M, are spread over the features. Tables larger than ``max_rows`` are
+made as small by hashing, as one does where they do not fit: a configuration says so in its parameters.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Configuration:
         dense_sizes, over_sizes: hidden layers below (the last, of ``dim``, is added) and on top (of 1, likewise).
         lookups: of each bag, of every feature.
         batch: samples a step.
-        zipf: exponent of the ids' popularity.
+        zipf: exponent of the ids' popularity, before they are hashed into the tables, which makes it flatter.
         positives: share of positive labels.
     """
 

@@ -58,6 +58,8 @@ def measure(args: argparse.Namespace) -> dict[str, list[Curve]]:
         for seed in range(args.seeds):
             words = ["--data", args.data, "--seed", str(seed), "--evaluations", str(args.evaluations)]
             arguments = job_arguments([*words, "--device", args.device, *args.job])
+            if seed == 0:
+                _warm_up(arguments)
             data = load_data(arguments)
             first = seed % len(names)
             for name in names[first:] + names[:first]:
@@ -66,6 +68,13 @@ def measure(args: argparse.Namespace) -> dict[str, list[Curve]]:
                 curves[name].append([(point["seconds"], point["auc"]) for point in history])
                 bar.update()
     return curves
+
+
+def _warm_up(arguments: argparse.Namespace) -> None:
+    """A short run, thrown away: the first of a process pays for what is made once, a second or so; nobody shall."""
+    short = {"data": "synthetic", "samples": 20 * arguments.batch_size, "epochs": 1, "evaluations": 1}
+    warm = argparse.Namespace(**{**vars(arguments), **short, "placement": "off"})
+    train_with(warm, load_data(warm), NONE, 0.0)
 
 
 def summarise(curves: dict[str, list[Curve]], below: float) -> dict[str, dict[str, Any]]:
