@@ -23,7 +23,7 @@ PIP_FLAGS ?=
 # What ruff and mypy look at, of what is there.
 SOURCES := $(wildcard torchrec_slipstream examples benchmarks)
 
-.PHONY: help venv demo test test-versions bench lint format clean
+.PHONY: help venv demo test test-versions bench plots lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -84,6 +84,9 @@ bench: venv  ## run every benchmark that a laptop can (15 minutes), rows to benc
 	@set -eu; while read -r question; do \
 	    echo "=== python -m benchmarks.$$question"; $(PY) -W ignore -m benchmarks.$$question </dev/null; \
 	done <benchmarks/laptop.txt
+
+plots: venv  ## draw docs/bench/ from the rows in benchmarks/data/
+	$(PY) -m benchmarks.plots
 
 lint: venv  ## ruff and mypy
 	$(VENV)/bin/ruff check .
