@@ -83,12 +83,12 @@ CONFIGURATIONS = {
         Configuration("terabyte", 13, _TERABYTE, 64, (512, 256), (512, 512, 256), positives=0.032),
         Configuration("avazu", 1, _AVAZU, 16, (512, 256, 64), (512, 256), positives=0.17),
         # Ours: bags of many look-ups under layers so small that the step waits for the embeddings; clicks as rare as in
-        # the Terabyte log.
+        # the Terabyte log. In the second most look-ups are of few rows.
         Configuration(
-            *("embedding_bound", 13, (200_000,) * 26, 16, (32,), (32,)), lookups=10, batch=2048, positives=0.032
+            *("embedding_bound", 13, (100_000,) * 26, 64, (32,), (32,)), lookups=20, zipf=1.05, positives=0.032
         ),
         Configuration(
-            *("embedding_bound_wide", 13, (200_000,) * 26, 64, (32,), (32,)), lookups=20, zipf=1.05, positives=0.032
+            *("embedding_bound_skewed", 13, (100_000,) * 26, 16, (32,), (32,)), lookups=10, batch=2048, positives=0.032
         ),
     )
 }

@@ -49,7 +49,7 @@ from torchrec_slipstream import AccessConfig, PlacementConfig, Slipstream, Slips
 _LEARNING_RATE = 0.02
 _EPS = 1e-8
 # Steps before updates are left out, and between two decisions: a benchmark is too short for the defaults.
-WARMUP_STEPS = 20
+WARMUP_STEPS = 25
 HBM_BUDGET = 0.1
 
 
