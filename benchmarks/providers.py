@@ -46,7 +46,7 @@ from benchmarks.configurations import Configuration
 from benchmarks.sparse_rowwise import SparseRowWiseAdagrad
 from torchrec_slipstream import AccessConfig, PlacementConfig, Slipstream, SlipstreamConfig, StalenessConfig
 
-_LEARNING_RATE = 0.02
+_DENSE_RATE = 0.02
 _EPS = 1e-8
 # Steps before updates are left out, and between two decisions: a benchmark is too short for the defaults.
 WARMUP_STEPS = 25
@@ -142,8 +142,8 @@ class _Bags(nn.Module):
 class SparseBags(_Bags):
     """An ``nn.EmbeddingBag`` of sparse gradients for every table."""
 
-    def __init__(self, tables: list[EmbeddingBagConfig], device: torch.device) -> None:
-        super().__init__(tables)
+    def __init__(self, tables: list[EmbeddingBagConfig], device: torch.device, rate: float) -> None:
+        super().__init__(tables)  # the rate is the optimizer's, which is apart here
         self.bags = nn.ModuleList(
             nn.EmbeddingBag(t.num_embeddings, t.embedding_dim, mode="sum", sparse=True, device=device) for t in tables
         )
@@ -164,13 +164,13 @@ class SparseBags(_Bags):
 class HostBags(_Bags):
     """One TBE in host memory, looked up and updated by the CPU; only its output goes to the device."""
 
-    def __init__(self, tables: list[EmbeddingBagConfig], device: torch.device) -> None:
+    def __init__(self, tables: list[EmbeddingBagConfig], device: torch.device, rate: float) -> None:
         super().__init__(tables)
         self._device = device
         self.tbe = SplitTableBatchedEmbeddingBagsCodegen(
             [(t.num_embeddings, t.embedding_dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for t in tables],
             optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-            learning_rate=_LEARNING_RATE,
+            learning_rate=rate,
             eps=_EPS,
             device=torch.device("cpu"),
         )
@@ -195,7 +195,7 @@ def build(name: str, setting: Setting) -> Provider:
     if reason := not_run(name, setting.device.type):
         raise ValueError(f"{name} cannot run here: {reason}")
     if name in _OUTSIDE:
-        return _outside(_OUTSIDE[name](setting.tables(), setting.device), setting)
+        return _outside(_OUTSIDE[name](setting.tables(), setting.device, setting.configuration.table_rate), setting)
     kernel = _KERNELS.get(name, _Kernel())
     if name in _WITH_HOT_ROWS and setting.device.type != "cpu":
         kernel = _Kernel("fused_uvm")  # of which the overlay takes the hot rows; a CPU's tables are all in host memory
@@ -217,7 +217,7 @@ def _outside(embeddings: SparseBags | HostBags, setting: Setting) -> Provider:
     known = {id(one) for one in sparse} | {id(one) for one in embeddings.parameters()}
     optimizers: list[torch.optim.Optimizer] = [_dense_optimizer([p for p in model.parameters() if id(p) not in known])]
     if sparse:
-        optimizers.append(SparseRowWiseAdagrad(sparse, lr=_LEARNING_RATE, eps=_EPS))
+        optimizers.append(SparseRowWiseAdagrad(sparse, lr=setting.configuration.table_rate, eps=_EPS))
     stream = setting.stream()
 
     def step() -> None:
@@ -238,7 +238,7 @@ def _torchrec(
     tables = setting.tables()
     model = setting.model(EmbeddingBagCollection(tables=tables, device=torch.device("meta")))
     apply_optimizer_in_backward(
-        RowWiseAdagrad, model.model.sparse_arch.parameters(), {"lr": _LEARNING_RATE, "eps": _EPS}
+        RowWiseAdagrad, model.model.sparse_arch.parameters(), {"lr": setting.configuration.table_rate, "eps": _EPS}
     )
     constraint = ParameterConstraints(
         sharding_types=["table_wise"], compute_kernels=[kernel.kernel], cache_params=kernel.cache_params()
@@ -267,7 +267,7 @@ def _torchrec(
 
 
 def _dense_optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.Adagrad(parameters, lr=_LEARNING_RATE, eps=_EPS)
+    return torch.optim.Adagrad(parameters, lr=_DENSE_RATE, eps=_EPS)
 
 
 def _predict(model: nn.Module, batch: Batch) -> Tensor:
@@ -308,7 +308,7 @@ def _hot_rows(configuration: Configuration, target_share: float) -> SlipstreamCo
     )
 
 
-_OUTSIDE: dict[str, Callable[[list[EmbeddingBagConfig], torch.device], SparseBags | HostBags]] = {
+_OUTSIDE: dict[str, Callable[[list[EmbeddingBagConfig], torch.device, float], SparseBags | HostBags]] = {
     "dlrm_open_source": SparseBags,
     "xdl": HostBags,
 }

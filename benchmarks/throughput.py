@@ -31,7 +31,7 @@ from examples.metrics import Evaluation
 from examples.runtime import pick_device, process_group, quiet
 
 STOCK = "torchrec_fused"
-_SHAPE = ("dim", "batch", "lookups", "zipf", "positives", "dense_sizes", "over_sizes")
+_SHAPE = ("dim", "batch", "lookups", "zipf", "positives", "table_rate", "dense_sizes", "over_sizes")
 
 
 def evaluate(provider: Provider, test: Batch, device: torch.device) -> dict[str, float]:

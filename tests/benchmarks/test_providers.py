@@ -105,7 +105,7 @@ def test_weights_and_batches_are_the_seeds() -> None:
 
 
 def test_the_host_has_the_seeds_tables_and_keeps_the_ids() -> None:
-    embeddings, other = (HostBags(Setting(TOY, [], seed, CPU).tables(), CPU) for seed in (0, 1))
+    embeddings, other = (HostBags(Setting(TOY, [], seed, CPU).tables(), CPU, 0.02) for seed in (0, 1))
     drawn = list(zip(embeddings.tbe.split_embedding_weights(), other.tbe.split_embedding_weights(), strict=True))
     for (weights, others), rows in zip(drawn, TOY.table_rows, strict=True):
         assert weights.shape == (rows, TOY.dim)
