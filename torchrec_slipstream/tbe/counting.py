@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -31,6 +32,11 @@ class CheckedBatch:
     indices: Tensor
     offsets: Tensor
     bounds: Tensor
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """int ``[features]``, each feature's look-ups."""
+        return self.bounds.diff()
 
 
 class LookupCounter:
@@ -121,7 +127,7 @@ class LookupCounter:
             batch_sizes: of a variable batch, its samples by feature and rank.
             rows: the slots of the look-ups' rows (``space``), where they are known.
         """
-        self.lookups += batch.bounds.diff()
+        self.lookups += batch.lengths
         if not self.counting:
             return
         if self.space.any_own:
@@ -132,7 +138,7 @@ class LookupCounter:
 
     def rows_of(self, batch: CheckedBatch) -> Tensor:
         """int64 ``[N]``, the slots of the look-ups' rows."""
-        return self.space.of_lookups(batch.indices, batch.bounds.diff())
+        return self.space.of_lookups(batch.indices, batch.lengths)
 
     def _add_to_sketches(self, indices: Tensor, bounds: Tensor) -> None:
         for table, (begin, end) in zip(self.feature_table, pairwise(bounds.tolist()), strict=True):

@@ -73,7 +73,7 @@ def without_hot(counter: LookupCounter, overlay: Overlay, call: Call) -> Call:
     """
     overlay.hold()
     call, batch = checked_call(counter, call, prefetches=True)
-    numbers = overlay.space.of_lookups(batch.indices, batch.bounds.diff())
+    numbers = overlay.space.of_lookups(batch.indices, batch.lengths)
     return replace(call, indices=batch.indices.masked_fill(overlay.words.index_select(0, numbers) >= 0, -1))
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
@@ -45,15 +47,20 @@ def magnitudes(gradient: Tensor, layout: Layout) -> Tensor:
     if layout.pooling == PoolingMode.NONE:
         size = gradient.float().norm(dim=1)
     elif layout.batch_sizes is None:
-        features = len(layout.dims)
-        begins = torch.tensor([0, *layout.dims]).cumsum(0).tolist()
-        probed = sorted({features * i // _PROBED_FEATURES for i in range(_PROBED_FEATURES)})
-        columns = [gradient[:, begins[f] : begins[f] + min(layout.dims[f], _PROBED_COLUMNS)] for f in probed]
-        size = torch.cat(columns, dim=1).float().square().sum(dim=1).sqrt()
+        columns = [gradient.narrow(1, begin, width) for begin, width in _probed(tuple(layout.dims))]
+        size = torch.cat(columns, dim=1).float().square_().sum(dim=1).sqrt_()
     else:
         size = _variable_norms(gradient, layout)
     mean = size.mean()
     return torch.where(mean.isfinite(), size / mean.clamp(min=1e-30), torch.nan)
+
+
+@cache
+def _probed(dims: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Where the columns that are looked at begin, and how many they are."""
+    begins = [0, *accumulate(dims)]
+    features = sorted({len(dims) * i // _PROBED_FEATURES for i in range(_PROBED_FEATURES)})
+    return [(begins[f], min(dims[f], _PROBED_COLUMNS)) for f in features]
 
 
 def variable_blocks(gradient: Tensor, layout: Layout) -> list[tuple[Tensor, int]]:
@@ -86,8 +93,8 @@ def _variable_norms(gradient: Tensor, layout: Layout) -> Tensor:
 
 def kept_probability(magnitude: Tensor, scale: float, least: float) -> Tensor:
     """``clamp(scale * magnitude, least, 1)``; 1 where the magnitude is not finite (such a step is kept whole)."""
-    probability = (magnitude * scale).clamp(least, 1.0)
-    return torch.where(magnitude.isfinite(), probability, 1.0)
+    # A magnitude is a finite number or NaN.
+    return (magnitude * scale).clamp_(least, 1.0).nan_to_num_(nan=1.0)
 
 
 def of_lookups(values: Tensor, offsets: Tensor, layout: Layout, lookups: int) -> Tensor:
