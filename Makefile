@@ -81,9 +81,11 @@ test-versions: venv  ## run the tests on each torchrec that is supported (ten mi
 	    --make "TORCH_INDEX=$(TORCH_INDEX)" "PIP_FLAGS=$(PIP_FLAGS)"
 
 bench: venv  ## run every benchmark that a laptop can (15 minutes), rows to benchmarks/data/
-	@set -eu; while read -r question; do \
-	    echo "=== python -m benchmarks.$$question"; $(PY) -W ignore -m benchmarks.$$question </dev/null; \
-	done <benchmarks/laptop.txt
+	@failed=; while read -r question; do \
+	    echo "=== python -m benchmarks.$$question ($$SECONDS s so far)"; \
+	    $(PY) -W ignore -m benchmarks.$$question </dev/null || failed="$$failed $${question%% *}"; \
+	done <benchmarks/laptop.txt; \
+	echo "=== $$SECONDS s; failed:$${failed:- none}"; [ -z "$$failed" ]
 
 plots: venv  ## draw docs/bench/ from the rows in benchmarks/data/
 	$(PY) -m benchmarks.plots

@@ -23,6 +23,7 @@
 #   prefetch       50 s  20 GB managed, twice; 6 points of 7 rounds x 2 x 16 steps of 5 to 30 ms
 #   sgd            35 s  as rowwise, 10% only, fewer providers
 #   update_filter  30 s
+#   throughput     45 s  whole DLRMs, TorchRec's UVM and cache among them; half of it is making batches on the host
 #   profiler       25 s
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -97,6 +98,10 @@ if [ "$device" = cuda ]; then
     update_filter() {
         bench update_filter --rounds 24 --overhead-rounds 60 --batches 16 --more-dims 128 --shares 0.5 0.75
     }
+    throughput() {
+        bench throughput --configurations kaggle embedding_bound --max-rows 1000000 --batch 8192 --rounds 15 \
+            --warmup 52 --test 16384
+    }
     profiler() { bench profiler --rounds 96 --steps 64; }
 else
     toy=(--tables 3 --rows 3000 --dim 16 --batch 3000 --profile 8 --seconds 0.1 --rounds 2 --most-rounds 2 --steps 2)
@@ -109,10 +114,13 @@ else
     sgd() { bench hbm_budget "${measured[@]}" "${toy[@]}" --optimizers sgd --budgets 0.1; }
     prefetch() { bench prefetch_overlap; }
     update_filter() { bench update_filter "${small[@]}" --overhead-rounds 20 --shares 0.5 --more-dims; }
+    throughput() {
+        bench throughput --configurations kaggle --max-rows 300 --batch 64 --rounds 2 --warmup 2 --test 256
+    }
     profiler() { bench profiler "${small[@]}" --steps 8; }
 fi
 
-parts=(smoke:30 floor:40 rowwise:150 adam:100 tests:70 prefetch:50 sgd:35 update_filter:30 profiler:25)
+parts=(smoke:30 floor:40 rowwise:150 adam:100 tests:70 prefetch:50 sgd:35 update_filter:30 throughput:45 profiler:25)
 # On a CPU all parts are imports, and little else.
 [ "$device" = cpu ] && parts=("${parts[@]/%:*/:1}")
 began=$SECONDS
@@ -134,9 +142,10 @@ for part in "${parts[@]}"; do
     echo "=== $name, at most $limit s" | tee -a "$log"
     started=$SECONDS
     # The part runs in a shell of its own, which `timeout` ends with all that it started; SIGTERM lets hbm_budget record
-    # what it has. What crosses is in the environment, or declared.
+    # what it has. The shell itself waits for what it started, or `timeout` would never come to SIGKILL. What crosses is
+    # in the environment, or declared.
     export python device csv memories
-    what="$(declare -f bench "$name"); $(declare -p measured toy small 2>/dev/null); $name"
+    what="trap : TERM; $(declare -f bench "$name"); $(declare -p measured toy small 2>/dev/null); $name"
     timeout --kill-after=15 "$limit" bash -c "$what" 2>&1 | tee -a "$log"
     status=${PIPESTATUS[0]}
     took=$((SECONDS - started))

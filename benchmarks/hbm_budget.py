@@ -134,7 +134,12 @@ def _search(
         bench.warm(cached)
         bench.samples.pop(name, None)
         bench.hits.pop(name, None)
-        bench.take_turns({**others, name: cached})
+        try:
+            bench.take_turns({**others, name: cached})
+        except SystemExit:  # cut off: what was measured before is to be recorded
+            if kept is not None:
+                bench.samples[name], bench.hits[name] = kept
+            raise
         median = Timing(tuple(bench.samples[name])).p50
         if kept is None or median < min(tried.values()):
             kept = (bench.samples[name], bench.hits[name])

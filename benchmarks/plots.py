@@ -56,7 +56,18 @@ class Question:
 
 _OF_TRACES = ("batch", "batches", "bytes", "data", "dims", "tables")
 _OF_REPLANS = ("batch", "dim", "first_scored_step", "replan_every", "rows", "slots", "steps", "tables")
-_OF_CONFIGURATIONS = ("batch", "dense_sizes", "dim", "lookups", "over_sizes", "positives", "rows", "tables", "zipf")
+_OF_CONFIGURATIONS = (
+    "batch",
+    "dense_sizes",
+    "dim",
+    "lookups",
+    "over_sizes",
+    "positives",
+    "rows",
+    "table_rate",
+    "tables",
+    "zipf",
+)
 _OF_FILTER = ("speedup", "speedup_popular", "speedup_sampling", "overhead_at_0")
 QUESTIONS = {
     "update_filter": Question(
@@ -68,7 +79,9 @@ QUESTIONS = {
     "convergence": Question(figures.convergence, ("convergence",), axes=("share",)),
     "throughput": Question(figures.throughput, ("throughput",), panels=("configuration",), along=_OF_CONFIGURATIONS),
     "time_to_auc": Question(figures.time_to_auc, ("time_to_auc",)),
-    "hbm_budget": Question(figures.hbm_budget, ("hbm_budget",), axes=("budget",), panels=("optimizer",)),
+    "hbm_budget": Question(
+        figures.hbm_budget, ("hbm_budget",), axes=("budget",), panels=("optimizer",), along=("rows",)
+    ),
     "placement.hit_rate": Question(
         figures.placement, ("placement.hit_rate",), axes=("budget",), panels=("about",), along=_OF_TRACES
     ),

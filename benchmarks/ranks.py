@@ -69,7 +69,7 @@ class Trainee:
             embedding_dim=made.dim,
             dense_sizes=list(made.dense_sizes),
             over_sizes=list(made.over_sizes),
-            learning_rate=0.02,
+            learning_rate=made.table_rate,
             dense_learning_rate=0.02,
             batch_size=args.batch,
             sharding=sharding,

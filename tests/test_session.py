@@ -16,7 +16,15 @@ from torch import nn
 from tests.models import TwoCollections, batches_for, sharded
 from tests.staleness.test_tracker import ROWS, config, train
 from tests.tables import make_tbe, table_states
-from torchrec_slipstream import AccessConfig, AttachError, Report, Slipstream, SlipstreamConfig, StateError
+from torchrec_slipstream import (
+    AccessConfig,
+    AttachError,
+    Report,
+    Slipstream,
+    SlipstreamConfig,
+    StalenessConfig,
+    StateError,
+)
 
 
 @pytest.fixture
@@ -90,6 +98,23 @@ def test_the_report_has_the_configuration_and_how_rows_are_spread(changes: dict[
     else:
         assert report.spread[signal].total <= report.decisions[-1].pool_rows
     assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_the_spread_of_lookups_fades_and_leaves_uncounted_tables_out() -> None:
+    tbe = make_tbe(ROWS, (8, 8), table_names=["users", "items"])
+    session = Slipstream(
+        tbe,
+        SlipstreamConfig(
+            staleness=StalenessConfig(target_share=0.0),
+            access=AccessConfig(counter="exact", half_life=10, sketch_tables=("items",)),
+        ),
+    )
+    train(tbe, session, range(40))
+    spread = session.report().spread["lookups"]
+    shard = session._filters[0].shards[0]
+    counts = session._filters[0].counts.counts(shard.slots.start, shard.slots.stop)
+    assert spread.total == int((counts > 0).sum()), "a row each of the counted table, and no row for the other"
+    assert 2 ** (spread.lowest + len(spread.counts) - 1) <= int(counts.max()), "faded, not all that ever were"
 
 
 def test_state_of_another_model_or_config_changes_nothing() -> None:

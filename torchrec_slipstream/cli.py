@@ -257,7 +257,7 @@ def report(args: argparse.Namespace) -> int:
     if any(out.exists() and out.samefile(run) for run in args.runs):
         raise ConfigError(f"--out {out} is a RUN itself; give another path")
     found = load_all(args.runs)
-    out.write_text(page(found), encoding="utf-8")
+    out.write_text(page(found), encoding="utf-8", errors="replace")  # JSON can name what UTF-8 cannot
     print(f"{out}: {', '.join(run.name for run in found)}")
     return 0
 

@@ -122,16 +122,19 @@ def test_the_host_has_the_seeds_tables_and_keeps_the_ids() -> None:
 
 def test_what_cannot_run_says_so() -> None:
     setting = Setting(TOY, [], 0, CPU)
-    with pytest.raises(ValueError, match=r"'hotline' is no provider; give some of dlrm_open_source, xdl"):
-        build("hotline", setting)
+    with pytest.raises(ValueError, match=r"'shotline' is no provider; give some of dlrm_open_source, xdl"):
+        build("shotline", setting)
+    for name in ("fae", "hotline", "slipstream_artefact"):
+        with pytest.raises(ValueError, match=f"{name} cannot run here: the method is not in this package yet"):
+            build(name, setting)
     for name in ("torchrec_uvm", "torchrec_uvm_caching_lru", "torchrec_uvm_caching_lfu"):
         with pytest.raises(ValueError, match=f"{name} cannot run here: .* need a CUDA device"):
             build(name, setting)
     assert [name for name in NAMES if not_run(name, "cpu") is None] == [
         *("dlrm_open_source", "xdl", "torchrec_fused"),
-        *("ours_counting", "ours", "ours_tail", "ours_hot_rows", "ours_all"),
+        *("ours_counting", "ours", "ours_tail", "random_lookups", "ours_hot_rows", "ours_all"),
     ]
-    assert not any(not_run(name, "cuda") for name in NAMES)
+    assert [name for name in NAMES if not_run(name, "cuda")] == ["fae", "hotline", "slipstream_artefact"]
 
 
 def test_sparse_rowwise_adagrad_is_fbgemms() -> None:

@@ -16,7 +16,7 @@ MOST_TABLES = 30
 _MOST_POINTS = 600
 _MOST_COLUMNS = 120
 # Of a test, not about how good the model is; and the log-loss in another unit.
-_NO_METRIC = ("step", "samples", "samples_seen", "ctr", "normalized_entropy")
+_NO_METRIC = ("step", "samples", "samples_seen", "seconds", "ctr", "normalized_entropy")
 _WHOLE_STEP = ("p20", "median", "p80")
 _TITLES = {"auc": "AUC on the test samples", "log_loss": "Log-loss on the test samples"}
 _SPREADS = {

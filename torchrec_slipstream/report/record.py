@@ -128,7 +128,7 @@ class RunRecord:
             return RunRecord(
                 report=report,
                 name=str(values.get("name") or name),
-                history=[_check_entry(entry) for entry in values.get("history") or ()],
+                history=[_finite(_check_entry(entry)) for entry in values.get("history") or ()],
                 step_ms={key: float(value) for key, value in _known(values, "step_ms").items()},
                 best_possible={key: float(value) for key, value in _known(values, "best_possible").items()},
                 versions={key: str(value) for key, value in (values.get("versions") or {}).items()},

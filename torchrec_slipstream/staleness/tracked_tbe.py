@@ -172,7 +172,9 @@ class TrackedTbe:
 
     def spread(self) -> dict[str, Octaves]:
         """How this TBE's rows and samples differ in what the choice goes by: see ``Report.spread``."""
-        found = {"lookups": Octaves.of(self.filter.touches, self.scale)}
+        counts = self.filter.counts
+        counted = [shard.slots for shard in self.filter.shards if shard.counted]
+        found = {"lookups": sum((Octaves.of(counts.counts(s.start, s.stop), self.scale) for s in counted), Octaves())}
         if self.signal is None:
             found["gradient"] = sum(map(Octaves.of, self.filter.magnitudes), Octaves())
         else:

@@ -161,13 +161,12 @@ class Part:
 
     # ------------------------------------------------------------------------------------- the backward
 
-    def cut(self, live: Tensor, bounds: Tensor, lengths: Tensor, factor: Tensor | None = None) -> Tensor:
+    def cut(self, live: Tensor, bounds: Tensor, factor: Tensor | None = None) -> Tensor:
         """Leave all but the live look-ups out of the backward.
 
         Args:
             live: bool ``[N]``, one a look-up of the batch.
             bounds: ``[features + 1]``, where the batch's features begin.
-            lengths: ``[features]``, their look-ups.
             factor: float32 ``[N]``, what the live ones count for; None: 1.
 
         Returns:
@@ -176,7 +175,6 @@ class Part:
         assert self._saved is not None
         if self._side is not None:
             bounds = self._side.bounds
-            lengths = bounds.diff()
             live = self._side.of_batch(live)
             if (valid := self._side.chosen.valid) is not None:
                 live = live & valid
@@ -189,7 +187,7 @@ class Part:
             if self._layout.pooling == PoolingMode.MEAN:
                 factor = factor * self._mean_weight(compaction)
             self._saved.scale_weights(factor)
-        return lengths - compaction.live_before(bounds).diff()
+        return bounds.diff() - compaction.live_before(bounds).diff()
 
     def fit_gradient(self) -> None:
         """Let the gradient that enters the TBE's backward fit what :meth:`cut` left, or will have left by then."""

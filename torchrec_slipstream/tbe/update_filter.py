@@ -157,7 +157,7 @@ class UpdateFilter(LookupCounter):
             self._sample_in_backward(output, parts, live, batch, layout)
             return output
         for part in parts:
-            self.skipped += part.cut(live, batch.bounds, batch.lengths)
+            self.skipped += part.cut(live, batch.bounds)
             part.fit_gradient()
         return output
 
@@ -216,13 +216,13 @@ class UpdateFilter(LookupCounter):
             generator = sampling.generator_for(name, step, draw, self.device)
             kept = torch.rand(probability.shape, generator=generator, device=self.device) < probability
             # 0 for what is dropped, so that one expansion to the look-ups tells both.
-            stands_for = kept / probability
+            stands_for = torch.where(kept, 1.0 / probability, 0.0)
             stands_for = sampling.of_lookups(stands_for, batch.offsets, layout, live.numel())
             # As torch.where(live, 1, stands_for), which takes 10 times as long on a CPU for a mask at random.
             factor = stands_for * live.logical_not() + live
             kept = factor > 0
             for part in parts:
-                left_out = part.cut(kept, batch.bounds, batch.lengths, factor)
+                left_out = part.cut(kept, batch.bounds, factor)
                 # A second backward through a retained graph draws again, but these look-ups were seen once.
                 if not seen:
                     self.skipped += left_out
