@@ -36,7 +36,7 @@ def test_it_ends_with_one_json_line_and_appends_to_the_csv(tmp_path: Path, capsy
     printed = capsys.readouterr().out.splitlines()
     result = json.loads(printed[-1])
     assert result == returned
-        assert 0 < one["speedup_p20"] <= one["speedup"] <= one["speedup_p80"]
+    assert set(result) == {"configurations", "not_run"}
     assert list(result["not_run"]) == ["torchrec_uvm"]
     assert "CUDA" in result["not_run"]["torchrec_uvm"]
     assert "not run: torchrec_uvm (" in printed[-2]
@@ -46,7 +46,7 @@ def test_it_ends_with_one_json_line_and_appends_to_the_csv(tmp_path: Path, capsy
     stock = by_provider["torchrec_fused"]
     for one in by_provider.values():
         assert set(one) == KEYS
-        assert one["speedup"] == pytest.approx(stock["ms"] / one["ms"])
+        assert 0 < one["speedup_p20"] <= one["speedup"] <= one["speedup_p80"]
         assert one["samples_per_second"] == pytest.approx(32 / (1e-3 * one["ms"]))
         assert 0.4 < one["auc"] <= 1.0
         assert 0.0 < one["log_loss"] < 1.0
