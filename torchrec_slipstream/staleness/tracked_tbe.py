@@ -177,10 +177,9 @@ class TrackedTbe:
         found = {"lookups": sum((Octaves.of(counts.counts(s.start, s.stop), self.scale) for s in counted), Octaves())}
         if self.signal is None:
             found["gradient"] = sum(map(Octaves.of, self.filter.magnitudes), Octaves())
-        else:
-            found[next(name for name, kind in SIGNALS.items() if type(self.signal) is kind)] = Octaves.of(
-                self.pool.score
-            )
+        for name, kind in SIGNALS.items():
+            if type(self.signal) is kind:  # a signal of somebody else's has no name to go by
+                found[name] = Octaves.of(self.pool.score)
         return found
 
     # ------------------------------------------------------------------------------------------- its state
