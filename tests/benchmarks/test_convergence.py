@@ -130,5 +130,5 @@ def test_providers_differ_in_their_choice_alone() -> None:
         session = attach_provider(provider, nn.ModuleList([make_tbe()]), CONFIG, seed=0)
         report = session.report()
         assert report.target_share == STALENESS.target_share
-    with pytest.raises(ValueError, match="provider is 'luck'; give one of ours, random_rows"):
+    with pytest.raises(ValueError, match="provider is 'luck'; give one of ours, ours_tail, random_rows"):
         attach_provider("luck", nn.ModuleList([make_tbe()]), CONFIG, seed=0)
