@@ -64,8 +64,9 @@ def measure(args: argparse.Namespace) -> dict[str, list[Curve]]:
             first = seed % len(names)
             for name in names[first:] + names[:first]:
                 bar.set_description(f"seed {seed}, {name}")
-                history = train_with(arguments, data, name, args.share)["history"]
-                curves[name].append([(point["seconds"], point["auc"]) for point in history])
+                run = train_with(arguments, data, name, args.share)
+                aucs = [point["auc"] for point in run["history"]]
+                curves[name].append(list(zip(run["tested_at_seconds"], aucs, strict=True)))
                 bar.update()
     return curves
 

@@ -129,6 +129,7 @@ def train(args: Namespace, data: Data | None = None, attach: Attach | None = Non
     pipeline = TrainPipelineSparseDist(model, optimizer, device)
     test_at = {round(steps * i / args.evaluations) for i in range(1, args.evaluations + 1)}
     history: list[dict[str, float]] = []
+    tested_at: list[float] = []
 
     model.train()
     with tqdm(total=steps, unit="step", desc=f"skip {args.skip}", disable=None if rank == 0 else True) as bar:
@@ -146,7 +147,8 @@ def train(args: Namespace, data: Data | None = None, attach: Attach | None = Non
             if step in test_at:
                 test = evaluate(pipeline, data.test, args.batch_size, device)
                 seen = step * args.batch_size * world_size
-                history.append({"step": step, "samples_seen": seen, "seconds": sum(clock.steps), **test})
+                history.append({"step": step, "samples_seen": seen, **test})
+                tested_at.append(sum(clock.steps))
                 if rank == 0:
                     bar.write(_line(f"skip {args.skip}, step {step} of {steps}", test))
 
@@ -174,6 +176,7 @@ def train(args: Namespace, data: Data | None = None, attach: Attach | None = Non
         "test": history[-1],
         "best_possible": data.best,
         "history": history,
+        "tested_at_seconds": tested_at,
         "seconds": seconds,
         "samples_per_second": steps * args.batch_size * world_size / seconds,
         "step_ms": clock.milliseconds(),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("smoke", "floor", "rowwise", "adam", "tests", "prefetch", "sgd", "update_filter", "profiler")
+PARTS = ("smoke", "floor", "rowwise", "adam", "tests", "prefetch", "sgd", "update_filter", "throughput", "profiler")
 
 
 def run(out: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -70,7 +70,7 @@ def test_all_parts_run_on_a_cpu(tmp_path: Path) -> None:
     )
     with (tmp_path / "gpu_rows.csv").open(newline="") as file:
         questions = {row["question"].split(".")[0] for row in csv.DictReader(file)}
-    assert questions == {"floor", "hbm_budget", "update_filter", "profiler"}
+    assert questions == {"floor", "hbm_budget", "update_filter", "throughput", "profiler"}
     assert "tests collected" in done.stdout
     assert "not run: adam: FBGEMM has it on CUDA only" in done.stdout
     assert "not run: ours_caching: FBGEMM's UVM cache and its prefetch are CUDA only" in done.stdout

@@ -50,7 +50,7 @@ def test_every_line_and_row_is_marked_as_a_projection(tmp_path: Path, capsys: py
     assert result["topology"]["2"]["bandwidths_from"] == source
     rows = list(csv.DictReader(path.open(newline="")))
     assert [(row["question"], row["provider"], row["unit"]) for row in rows] == [
-        ("projection", name, "ms") for name in PROVIDERS
+        ("projection", name, "ms") for _ in (2, 4) for name in PROVIDERS
     ]
     for row in rows:
         devices = str(json.loads(row["parameters"])["devices"])
