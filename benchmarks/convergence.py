@@ -19,7 +19,6 @@ in fact left out since skipping began, and the tracker's share of the run's time
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 from argparse import Namespace
@@ -52,12 +51,7 @@ JOB_OPTIONS = (
 
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.convergence",
-        description="AUC and log-loss lost to skipping updates, against blind controls.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    harness.add_options(parser)
+    parser = harness.make_parser("convergence", "AUC and log-loss lost to skipping updates, against blind controls.")
     parser.add_argument("--data", default="synthetic", help="a Criteo-format file, or 'synthetic'")
     parser.add_argument("--seeds", type=int, default=2, help="paired runs")
     parser.add_argument("--first-seed", type=int, default=0, help="seeds are counted from it")
@@ -73,8 +67,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     job.add_argument("--interval", type=int, help="steps between decisions (default: StalenessConfig's)")
     job.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     args = parser.parse_args(argv)
-    if args.seeds < 1:
-        parser.error(f"argument --seeds: is {args.seeds}; give 1 or more")
+    harness.check_least(parser, args, seeds=1)
     return args
 
 

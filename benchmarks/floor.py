@@ -201,12 +201,7 @@ def _best(device: str, row_bytes: int, speeds: dict[str, Timing]) -> Memories:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.floor",
-        description="Bandwidths of this machine's memories, one direction at a time.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    harness.add_options(parser)
+    parser = harness.make_parser("floor", "Bandwidths of this machine's memories, one direction at a time.")
     parser.add_argument("--row-bytes", type=int, nargs="+", default=[512, 256, 64], help="the first goes to --out")
     parser.add_argument("--buffer-bytes", type=int, help="of each buffer (default: 4 GiB on a GPU, 256 MiB on a CPU)")
     parser.add_argument("--moved-bytes", type=int, help="a sample (default: 256 MiB on a GPU, 16 MiB on a CPU)")

@@ -150,11 +150,32 @@ def peak_bytes(device: str = "cpu") -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that every benchmark has."""
+def make_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """A benchmark's parser, with the options that all of them have."""
+    parser = argparse.ArgumentParser(
+        prog=f"benchmarks.{name}",
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object, as the last line")
     parser.add_argument("--no-record", dest="record", action="store_false", help="append nothing to the CSV")
     parser.add_argument("--csv", type=Path, default=CSV, metavar="FILE", help="the CSV to append to")
+    return parser
+
+
+def check_least(parser: argparse.ArgumentParser, args: argparse.Namespace, **least: int) -> None:
+    """End the program with a message if an option is below its least value; one that is None is not looked at."""
+    for name, value in ((name, getattr(args, name)) for name in least):
+        if value is not None and value < least[name]:
+            parser.error(f"--{name.replace('_', '-')} {value}: give {least[name]} or more")
+
+
+def whole_number(text: str) -> int:
+    """For ``type=``: an integer that may be written as ``1e6``. ValueError: it is none."""
+    number = float(text)
+    if not number.is_integer():
+        raise ValueError(f"{text} is no whole number")
+    return int(number)
 
 
 def finish(args: argparse.Namespace, result: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:

@@ -183,12 +183,7 @@ def measure(args: argparse.Namespace, optimizer: str, memories: Memories, result
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.hbm_budget",
-        description="Step time and hit rate of one TBE over the HBM given to its rows.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    harness.add_options(parser)
+    parser = harness.make_parser("hbm_budget", "Step time and hit rate of one TBE over the HBM given to its rows.")
     parser.add_argument("--tables", type=int, help="(default: by device)")
     parser.add_argument("--rows", type=int, help="of each table (default: by device)")
     parser.add_argument("--dim", type=int, help="(default: by device)")

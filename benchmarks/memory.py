@@ -39,8 +39,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks import harness
+from benchmarks.forks import give_back_freed_memory, in_a_fork
 from benchmarks.harness import Row, Timing
-from benchmarks.planning import give_back_freed_memory, in_a_fork
 from benchmarks.tables import Sizes, make_tbe
 from torchrec_slipstream import AccessConfig, PlacementConfig, Slipstream, SlipstreamConfig, StalenessConfig
 from torchrec_slipstream.staleness.pool import RowPool
@@ -172,18 +172,11 @@ def _train(tbe: SplitTableBatchedEmbeddingBagsCodegen, indices: Tensor, offsets:
     tbe(indices, offsets).sum().backward()
 
 
-def _number(text: str) -> int:
-    return int(float(text))
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.memory",
-        description="Bytes that a table's training takes, and that a session adds.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = harness.make_parser("memory", "Bytes that a table's training takes, and that a session adds.")
+    parser.add_argument(
+        "--rows", type=harness.whole_number, nargs="+", default=[10**5, 10**6, 10**7], help="of all tables together"
     )
-    harness.add_options(parser)
-    parser.add_argument("--rows", type=_number, nargs="+", default=[10**5, 10**6, 10**7], help="of all tables together")
     parser.add_argument("--dims", type=int, nargs="+", default=[16, 64], help="more than the first: fewest rows only")
     parser.add_argument("--tables", type=int, default=4)
     parser.add_argument("--hot", type=float, default=0.1, help="share of the rows that can be hot")

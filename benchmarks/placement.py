@@ -173,12 +173,7 @@ def measure_scale(tables: int, rows: int, seed: int = 0) -> tuple[dict[str, Any]
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.placement",
-        description="Hit rates of row placements and caches at HBM budgets.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    harness.add_options(parser)
+    parser = harness.make_parser("placement", "Hit rates of row placements and caches at HBM budgets.")
     parser.add_argument("--data", help="a Criteo or REES46 parquet file, or 'production' for synthetic tables")
     parser.add_argument("--profile", type=float, default=0.5, help="share of the batches that is profiled")
     parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS), help="shares of the tables' bytes")

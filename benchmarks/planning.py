@@ -26,25 +26,21 @@ To allocate alone, 10^9 rows of 1,000 tables, is timed by ``benchmarks.placement
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import logging
-import multiprocessing
 import time
-from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from benchmarks import harness
+from benchmarks.forks import in_a_fork
 from benchmarks.harness import Row, Timing, interleaved
 from benchmarks.problems import SHARDERS, Problem, Shape, make_profile
 
 PROVIDERS = ("ours", "torchrec", "torchrec_scaleup")
 # Of a plan: seconds, predicted hit rate, bytes that its process grew by.
 Plan = tuple[float, float, int]
-T = TypeVar("T")
 
 
 def make_problem(rows: int, tables: int, args: argparse.Namespace) -> Problem:
@@ -67,40 +63,6 @@ def plan_once(problem: Problem, provider: str) -> Plan:
     return seconds, problem.predicted_hit_rate(planner, plan), grown
 
 
-def in_a_fork(work: Callable[[], T], limit: float) -> T | str:
-    """What ``work`` returns in a forked process, which is given ``limit`` seconds; or why there is nothing."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-
-    def run() -> None:
-        try:
-            sender.send(work())
-        except Exception as error:
-            sender.send(f"{type(error).__name__}: {str(error).strip()}".splitlines()[0])
-
-    give_back_freed_memory()  # the fork would use it up before it grows
-    process = context.Process(target=run, daemon=True)
-    process.start()
-    sender.close()
-    try:
-        result: T | str = receiver.recv() if receiver.poll(limit) else f"not done within {limit:g} s"
-    except EOFError:
-        result = "its process ended without a word; was memory short?"
-    finally:
-        process.kill()
-        process.join()
-    return result
-
-
-def give_back_freed_memory() -> None:
-    """Have this process hold no more than it uses. Does nothing without glibc."""
-    gc.collect()
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except OSError:
-        return
-
-
 def measure(problem: Problem, args: argparse.Namespace, title: str) -> tuple[dict[str, list[Plan]], dict[str, str]]:
     """The plans of each provider that has any, and why the others have none."""
     taken: dict[str, list[Plan]] = {name: [] for name in args.providers}
@@ -119,23 +81,20 @@ def measure(problem: Problem, args: argparse.Namespace, title: str) -> tuple[dic
     return {name: plans for name, plans in taken.items() if plans}, not_run
 
 
-def _number(text: str) -> int:
-    return int(float(text))
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.planning",
-        description="Time and memory of planning, over rows and over tables.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = harness.make_parser("planning", "Time and memory of planning, over rows and over tables.")
+    parser.add_argument(
+        "--rows", type=harness.whole_number, nargs="+", default=[10**6, 10**7, 10**8], help="of all tables together"
     )
-    harness.add_options(parser)
-    parser.add_argument("--rows", type=_number, nargs="+", default=[10**6, 10**7, 10**8], help="of all tables together")
-    parser.add_argument("--tables", type=_number, nargs="+", default=[10, 100], help="more than the first: fewest rows")
+    parser.add_argument(
+        "--tables", type=harness.whole_number, nargs="+", default=[10, 100], help="more than the first: fewest rows"
+    )
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--batch", type=int, default=512, help="samples a device")
-    parser.add_argument("--samples", type=_number, default=10**6, help="of the access profile, one look-up a table")
+    parser.add_argument(
+        "--samples", type=harness.whole_number, default=10**6, help="of the access profile, one look-up a table"
+    )
     parser.add_argument("--budget", type=float, default=0.1, help="share of the tables' bytes that HBM has room for")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
     parser.add_argument("--rounds", type=int, default=3, help="plans a provider and size")

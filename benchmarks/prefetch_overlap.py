@@ -170,12 +170,9 @@ def _rows(args: argparse.Namespace, name: str, shape: Shape, found: dict[str, An
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.prefetch_overlap",
-        description="Whether a pipeline's prefetch of cold rows hides behind the dense part.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = harness.make_parser(
+        "prefetch_overlap", "Whether a pipeline's prefetch of cold rows hides behind the dense part."
     )
-    harness.add_options(parser)
     parser.add_argument("--tables", type=int, default=10)
     parser.add_argument("--rows", type=int, default=4_000_000, help="of each table")
     parser.add_argument("--dim", type=int, default=128)

@@ -126,12 +126,9 @@ def _sizes(args: argparse.Namespace) -> Sizes:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.profiler",
-        description="Time and memory that counting look-ups costs, and the hot rows that it finds.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = harness.make_parser(
+        "profiler", "Time and memory that counting look-ups costs, and the hot rows that it finds."
     )
-    harness.add_options(parser)
     for name, default in asdict(Sizes()).items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--rounds", type=int, default=320, help="measured rounds")

@@ -188,12 +188,9 @@ def topology_of(problem: Problem, source: str) -> dict[str, Any]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.projection",
-        description="PROJECTION of the embeddings' time on 8 to 128 GPUs, by the planner's cost model.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = harness.make_parser(
+        "projection", "PROJECTION of the embeddings' time on 8 to 128 GPUs, by the planner's cost model."
     )
-    harness.add_options(parser)
     parser.add_argument("--data", choices=("production", "terabyte"), default="production")
     parser.add_argument("--tables", type=int, default=26, help="of production's")
     parser.add_argument("--max-rows", type=int, default=10_000_000, help="of a table of terabyte's; larger are hashed")

@@ -185,12 +185,7 @@ def run(ranks: int, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.ranks",
-        description="Samples a second of stock TorchRec and of a session, over ranks.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    harness.add_options(parser)
+    parser = harness.make_parser("ranks", "Samples a second of stock TorchRec and of a session, over ranks.")
     with_names = [name for name, one in CONFIGURATIONS.items() if len(one.table_rows) == 26]  # as examples.model has
     parser.add_argument("--configuration", choices=with_names, default="kaggle")
     parser.add_argument("--max-rows", type=int, default=200_000, help="of a table; larger ones are hashed")

@@ -208,12 +208,7 @@ def show(result: dict[str, Any]) -> str:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.replan",
-        description="Hit rates and costs of hot rows that are re-planned while traffic drifts.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    harness.add_options(parser)
+    parser = harness.make_parser("replan", "Hit rates and costs of hot rows that are re-planned while traffic drifts.")
     parser.add_argument("--data", type=Path, help="a Criteo or REES46 parquet file in time order; else synthetic")
     parser.add_argument("--without", nargs="+", default=[], metavar="TABLE", help="leave these tables of a file out")
     parser.add_argument("--samples", type=int, default=480_000, help="of synthetic traffic")
@@ -234,9 +229,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the hit rates over steps")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    for name, least in (("batch", 1), ("dim", 4), ("replan_every", 1), ("rounds", 1)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give {least} or more")
+    harness.check_least(parser, args, batch=1, dim=4, replan_every=1, rounds=1)
     for name in ("budget", "warmup"):
         if not 0 < getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name):g}: give a share above 0 and below 1")

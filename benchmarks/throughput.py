@@ -109,12 +109,7 @@ def show(result: dict[str, Any]) -> str:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.throughput",
-        description="End-to-end DLRM training steps, by provider.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    harness.add_options(parser)
+    parser = harness.make_parser("throughput", "End-to-end DLRM training steps, by provider.")
     parser.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
     parser.add_argument("--providers", nargs="+", choices=NAMES, default=list(NAMES), help=f"{STOCK} is always run")
     parser.add_argument("--max-rows", type=int, default=200_000, help="larger tables are hashed to as many rows")
@@ -125,10 +120,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args(argv)
-    for name, least in (("max_rows", 1), ("batch", 1), ("rounds", 1), ("test", 1), ("warmup", 0), ("seed", 0)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            parser.error(f"--{name.replace('_', '-')} {value}: give {least} or more")
+    harness.check_least(parser, args, max_rows=1, batch=1, rounds=1, test=1, warmup=0, seed=0)
     try:
         pick_device(args.device)
     except ValueError as error:

@@ -116,12 +116,7 @@ def show(result: dict[str, Any]) -> str:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.time_to_auc",
-        description="Training time until a target AUC, by what is left out.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    harness.add_options(parser)
+    parser = harness.make_parser("time_to_auc", "Training time until a target AUC, by what is left out.")
     parser.add_argument("--data", default="synthetic", help="a Criteo-format file, or 'synthetic'")
     parser.add_argument("--seeds", type=int, default=3, help="paired runs")
     parser.add_argument("--share", type=share, default=0.5, help="of look-ups, to be left out")
@@ -131,9 +126,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--job", nargs=argparse.REMAINDER, default=[], help="the rest is for examples/train_dlrm.py")
     args = parser.parse_args(argv)
-    for name in ("seeds", "evaluations"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: give 1 or more")
+    harness.check_least(parser, args, seeds=1, evaluations=1)
     return args
 
 

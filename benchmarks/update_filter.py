@@ -202,12 +202,9 @@ def _sizes(args: argparse.Namespace) -> Sizes:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.update_filter",
-        description="Time saved by the update filter, and its cost where nothing is stale.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = harness.make_parser(
+        "update_filter", "Time saved by the update filter, and its cost where nothing is stale."
     )
-    harness.add_options(parser)
     for name, default in asdict(Sizes()).items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--more-dims", type=int, nargs="*", default=[32, 64, 128], help="random rows at these as well")

@@ -13,7 +13,8 @@ import pytest
 from torchrec.distributed.types import CacheParams
 
 from benchmarks import harness
-from benchmarks.planning import PROVIDERS, in_a_fork, main
+from benchmarks.forks import in_a_fork
+from benchmarks.planning import PROVIDERS, main
 from benchmarks.problems import Problem, Shape, cached_share, make_profile
 
 TINY = ["--samples", "2e4", "--devices", "2", "--dim", "16", "--batch", "32", "--rounds", "1"]
