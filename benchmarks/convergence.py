@@ -31,53 +31,21 @@ from tqdm import tqdm
 from benchmarks import harness
 from benchmarks.controls import PROVIDERS, attach_provider
 from benchmarks.harness import Row, Timing
-from examples.arguments import parse_arguments as job_arguments
+from benchmarks.jobs import JOB_OPTIONS, add_job_options, job
 from examples.arguments import session_config
 from examples.runtime import pick_device, process_group, quiet
 from examples.train_dlrm import Data, attach_slipstream, load_data, train
 from torchrec_slipstream import Placement
 
-# What is taken over to the main job's command line as it is.
-JOB_OPTIONS = (
-    "data",
-    "samples",
-    "epochs",
-    "batch_size",
-    "embedding_dim",
-    "learning_rate",
-    "rows_per_table",
-    "interval",
-)
-
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
     parser = harness.make_parser("convergence", "AUC and log-loss lost to skipping updates, against blind controls.")
-    parser.add_argument("--data", default="synthetic", help="a Criteo-format file, or 'synthetic'")
-    parser.add_argument("--seeds", type=int, default=2, help="paired runs")
-    parser.add_argument("--first-seed", type=int, default=0, help="seeds are counted from it")
     parser.add_argument("--share", type=float, nargs="+", default=[0.5], help="of look-ups, to be left out")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
-    job = parser.add_argument_group("the main job (examples/train_dlrm.py)")
-    job.add_argument("--samples", type=int, help="samples to read or make (all of a file; 200000 synthetic)")
-    job.add_argument("--epochs", type=int, default=1)
-    job.add_argument("--batch-size", type=int, default=128)
-    job.add_argument("--embedding-dim", type=int, default=16)
-    job.add_argument("--learning-rate", type=float, default=0.02)
-    job.add_argument("--rows-per-table", type=int, default=30_000)
-    job.add_argument("--interval", type=int, help="steps between decisions (default: StalenessConfig's)")
-    job.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    add_job_options(parser)
     args = parser.parse_args(argv)
     harness.check_least(parser, args, seeds=1)
     return args
-
-
-def job(args: Namespace, seed: int) -> Namespace:
-    """The main job's arguments for one run; its own checks of them, its own defaults for the rest."""
-    words = ["--seed", str(seed), "--evaluations", "1", "--device", args.device]
-    for name in JOB_OPTIONS:
-        if (value := getattr(args, name)) is not None:
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    return job_arguments(words)
 
 
 def train_with(arguments: Namespace, data: Data, provider: str, share: float) -> dict[str, Any]:

@@ -8,12 +8,21 @@ from pathlib import Path
 
 from examples.model import SHARDINGS
 from examples.tiers import PLACEMENTS
-from torchrec_slipstream import AccessConfig, ConfigError, PlacementConfig, SlipstreamConfig, StalenessConfig
+from torchrec_slipstream import (
+    AccessConfig,
+    ConfigError,
+    InputsConfig,
+    PlacementConfig,
+    SlipstreamConfig,
+    StalenessConfig,
+)
 from torchrec_slipstream.budget import parse_bytes
 from torchrec_slipstream.config import SELECTIONS, SIGNALS
 
 # What can be left out of the fused update, in the order in which --compare runs them.
 SKIP_MODES = ("off", "rows")
+# The methods of InputsConfig that drop samples.
+DROPPING = ("off", "random", "negatives", "thinning", "slipstream")
 _STALENESS = StalenessConfig()
 
 
@@ -56,6 +65,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     tiers.add_argument("--replan-every", type=at_least(0), default=0, help="steps between re-plans; 0: never")
     tiers.add_argument("--plot", type=Path, metavar="FILE", help="draw the hit rate over steps there")
 
+    inputs = parser.add_argument_group("inputs")
+    inputs.add_argument("--inputs", choices=DROPPING, default="off", help="which samples are dropped")
+    inputs.add_argument("--drop-share", type=share, default=InputsConfig().drop_share, help="of all samples")
+
     # The rest of the knobs have their defaults; the config classes of torchrec_slipstream document them all.
     stale = parser.add_argument_group("staleness (with --skip rows)")
     stale.add_argument("--skip-share", type=share, default=_STALENESS.target_share, help="of look-ups, after warm-up")
@@ -91,6 +104,13 @@ def session_config(args: argparse.Namespace, steps: int, hbm_budget: int | None 
         staleness=staleness,
         access=AccessConfig(every=args.count_every or (1 if args.replan_every else AccessConfig().every)),
         placement=PlacementConfig(hbm_budget=hbm_budget, replan_every=args.replan_every),
+        inputs=InputsConfig(
+            method=args.inputs,
+            drop_share=args.drop_share,
+            seed=args.seed,
+            start=staleness.warmup_steps,
+            snapshot_steps=args.interval,
+        ),
     )
 
 

@@ -6,8 +6,10 @@ import os
 
 import torch
 import torch.distributed as dist
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+from torchrec.datasets.utils import Batch
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -31,6 +33,17 @@ SHARDINGS = {
 }
 
 
+class WeightedDLRMTrain(DLRMTrain):
+    """TorchRec's DLRMTrain, whose loss weighs each sample as its batch says: a plain ``Batch`` has no ``weights``, and
+    then this is DLRMTrain."""
+
+    def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        logits = self.model(batch.dense_features, batch.sparse_features).squeeze(-1)
+        weights = getattr(batch, "weights", None)
+        loss = F.binary_cross_entropy_with_logits(logits, batch.labels.float(), weight=weights)
+        return loss, (loss.detach(), logits.detach(), batch.labels.detach())
+
+
 class _Sharder(EmbeddingBagCollectionSharder):
     """Stock, but offers row-wise sharding on a CPU too: TorchRec leaves it out there from the days when gloo had no
     reduce-scatter, which it now has."""
@@ -44,6 +57,16 @@ class _Sharder(EmbeddingBagCollectionSharder):
 def table_name(feature: str) -> str:
     """The table of a feature; one each."""
     return f"t_{feature}"
+
+
+def table_configs(table_rows: tuple[int, ...], embedding_dim: int) -> list[EmbeddingBagConfig]:
+    """The tables of C1 .. C26, one a feature."""
+    return [
+        EmbeddingBagConfig(
+            name=table_name(feature), embedding_dim=embedding_dim, num_embeddings=rows, feature_names=[feature]
+        )
+        for feature, rows in zip(SPARSE_NAMES, table_rows, strict=True)
+    ]
 
 
 def build_model(
@@ -75,12 +98,7 @@ def build_model(
         tiers: plan hot rows as well; the third of what is returned then says which. None: stock tables.
     """
     torch.manual_seed(seed)
-    tables = [
-        EmbeddingBagConfig(
-            name=table_name(feature), embedding_dim=embedding_dim, num_embeddings=rows, feature_names=[feature]
-        )
-        for feature, rows in zip(SPARSE_NAMES, table_rows, strict=True)
-    ]
+    tables = table_configs(table_rows, embedding_dim)
     # On the meta device, so that a table is made only once, sharded, where the plan puts it.
     dlrm = DLRM(
         EmbeddingBagCollection(tables=tables, device=torch.device("meta")),
@@ -89,7 +107,7 @@ def build_model(
         over_arch_layer_sizes=[*over_sizes, 1],
         dense_device=device,
     )
-    model: nn.Module = DLRMTrain(dlrm)
+    model: nn.Module = WeightedDLRMTrain(dlrm)
     # Gives the tables to FBGEMM's fused optimizer instead of an optimizer step over dense gradients.
     apply_optimizer_in_backward(RowWiseAdagrad, dlrm.sparse_arch.parameters(), {"lr": learning_rate, "eps": 1e-8})
 

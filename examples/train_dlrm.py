@@ -16,6 +16,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -119,38 +120,51 @@ def train(args: Namespace, data: Data | None = None, attach: Attach | None = Non
     epoch_steps = count_batches(len(data.train), args.batch_size, world_size=world_size)
     steps = epoch_steps * args.epochs
     slip = (attach or attach_slipstream(args, data))(model, steps, placement)
+    if args.inputs != "off":  # about; how many are kept shows as they are read
+        steps = max(1, round(steps * (1 - args.drop_share)))
+    epochs = (
+        batches(data.train, args.batch_size, seed=args.seed, epoch=epoch, rank=rank, world_size=world_size)
+        for epoch in range(args.epochs)
+    )
     # The pipeline reads ahead, so it gets all epochs as one stream and is filled and drained once.
     clock = StepClock(model, optimizer)
-    stream = clock.reading(
-        batch
-        for epoch in range(args.epochs)
-        for batch in batches(data.train, args.batch_size, seed=args.seed, epoch=epoch, rank=rank, world_size=world_size)
-    )
+    stream = clock.reading(chain.from_iterable(map(slip.inputs, epochs) if isinstance(slip, Slipstream) else epochs))
     pipeline = TrainPipelineSparseDist(model, optimizer, device)
     test_at = {round(steps * i / args.evaluations) for i in range(1, args.evaluations + 1)}
     history: list[dict[str, float]] = []
     tested_at: list[float] = []
 
+    def test(step: int) -> None:
+        report = slip.report() if slip is not None and args.inputs != "off" else None
+        shift = report.inputs.logit_shift if report is not None and report.inputs is not None else 0.0
+        found = evaluate(pipeline, data.test, args.batch_size, device, shift)
+        seen = step * args.batch_size * world_size
+        history.append({"step": step, "samples_seen": seen, **found})
+        tested_at.append(sum(clock.steps))
+        if rank == 0:
+            bar.write(_line(f"skip {args.skip}, step {step} of {steps}", found))
+
     model.train()
     with tqdm(total=steps, unit="step", desc=f"skip {args.skip}", disable=None if rank == 0 else True) as bar:
-        for step in range(1, steps + 1):
-            with clock.step():
-                loss, _, _ = pipeline.progress(stream)
-                if slip is not None:
-                    with clock.part("session"):
-                        slip.step()
-                if device.type == "cuda" and step % 50 == 0:
-                    torch.cuda.synchronize()  # now and then, so that host times add up to the device's
+        for step in count(1):
+            try:
+                with clock.step():
+                    loss, _, _ = pipeline.progress(stream)
+                    if slip is not None:
+                        with clock.part("session"):
+                            slip.step()
+                    if device.type == "cuda" and step % 50 == 0:
+                        torch.cuda.synchronize()  # now and then, so that host times add up to the device's
+            except StopIteration:
+                break
             bar.update()
             if step % 50 == 0:
                 bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
             if step in test_at:
-                test = evaluate(pipeline, data.test, args.batch_size, device)
-                seen = step * args.batch_size * world_size
-                history.append({"step": step, "samples_seen": seen, **test})
-                tested_at.append(sum(clock.steps))
-                if rank == 0:
-                    bar.write(_line(f"skip {args.skip}, step {step} of {steps}", test))
+                test(step)
+        steps = step - 1
+        if not history or history[-1]["step"] != steps:
+            test(steps)
 
     seconds = sum(clock.steps)
     report = slip.report() if slip is not None else None
@@ -163,6 +177,7 @@ def train(args: Namespace, data: Data | None = None, attach: Attach | None = Non
         "name": f"skip {args.skip}",
         "versions": versions(device),
         "skip": args.skip,
+        "inputs": args.inputs,
         "data": str(args.data),
         "seed": args.seed,
         "device": str(device.type),
@@ -190,7 +205,7 @@ def attach_slipstream(args: Namespace, data: Data) -> Attach:
     """Attaches what `args.skip` and `args.placement` ask for."""
 
     def attach(model: DistributedModelParallel, steps: int, placement: Placement | None) -> Session | None:
-        if args.skip == "off" and args.placement == "off":
+        if args.skip == "off" and args.placement == "off" and args.inputs == "off":
             return None
         budget = None
         if args.placement == "live":
@@ -202,9 +217,16 @@ def attach_slipstream(args: Namespace, data: Data) -> Attach:
 
 
 def evaluate(
-    pipeline: TrainPipelineSparseDist, samples: Samples, batch_size: int, device: torch.device
+    pipeline: TrainPipelineSparseDist,
+    samples: Samples,
+    batch_size: int,
+    device: torch.device,
+    logit_shift: float = 0.0,
 ) -> dict[str, float]:
-    """Test metrics over all ranks (see Evaluation.compute), in the middle of training. Collective."""
+    """Test metrics over all ranks (see Evaluation.compute), in the middle of training. Collective.
+
+    `logit_shift` is what dropping inputs has made the logits too low by (see InputReport).
+    """
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     # The pipeline has rewritten the model's forward to take its read-ahead batches; those wait while the model, put
     # back, runs over the test samples.
@@ -215,7 +237,7 @@ def evaluate(
         # Four times the batch: without a backward there is room, and it is quicker.
         for batch in batches(samples, 4 * batch_size, shuffle=False, drop_last=False, rank=rank, world_size=world_size):
             _, (_, logits, labels) = model(batch.to(device))
-            evaluation.update(logits, labels)
+            evaluation.update(logits + logit_shift, labels)
     model.train()
     pipeline.attach(model)
     return evaluation.compute()

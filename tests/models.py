@@ -89,7 +89,8 @@ def sharded(
     import torch.distributed as dist
 
     options = {"lr": learning_rate} | ({} if optimizer is torch.optim.SGD else {"eps": 1e-8})
-    apply_optimizer_in_backward(optimizer, model.parameters(), options)
+    embeddings = [parameter for module in model.modules() if _configs(module) for parameter in module.parameters()]
+    apply_optimizer_in_backward(optimizer, embeddings, options)
     sharders = [_BagSharder(), EmbeddingCollectionSharder()]
     types = {}
     for module in model.modules():

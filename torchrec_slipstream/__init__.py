@@ -8,17 +8,26 @@ from torchrec_slipstream.installed import versions_note
 
 try:
     from torchrec_slipstream.access import AccessProfile, TableAccess
-    from torchrec_slipstream.config import AccessConfig, PlacementConfig, SlipstreamConfig, StalenessConfig
+    from torchrec_slipstream.config import (
+        AccessConfig,
+        InputsConfig,
+        PlacementConfig,
+        SlipstreamConfig,
+        StalenessConfig,
+    )
     from torchrec_slipstream.errors import (
         AttachError,
         ConfigError,
+        InputError,
         LookupRangeError,
         PlanError,
         ProfileError,
         SlipstreamError,
         StateError,
     )
+    from torchrec_slipstream.inputs.batches import WeightedBatch
     from torchrec_slipstream.placement import Placement, SlipstreamPlanner, SlipstreamStats
+    from torchrec_slipstream.report.inputs import InputReport
     from torchrec_slipstream.report.placement import PlacementReport
     from torchrec_slipstream.report.report import Report, TableReport
     from torchrec_slipstream.session import Slipstream
@@ -32,6 +41,9 @@ __all__ = [
     "AccessProfile",
     "AttachError",
     "ConfigError",
+    "InputError",
+    "InputReport",
+    "InputsConfig",
     "LookupRangeError",
     "Placement",
     "PlacementConfig",
@@ -48,4 +60,5 @@ __all__ = [
     "StateError",
     "TableAccess",
     "TableReport",
+    "WeightedBatch",
 ]

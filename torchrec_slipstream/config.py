@@ -10,6 +10,8 @@ from torchrec_slipstream.errors import ConfigError
 SIGNALS = ("auto", "gain", "movement", "drift")
 SELECTIONS = ("sampling", "duty", "threshold")
 COUNTERS = ("exact", "sampled", "sketch", "off")
+MOVEMENTS = ("plain", "per_touch", "relative")
+INPUT_METHODS = ("off", "random", "negatives", "thinning", "slipstream", "fae")
 _SEARCHES = ("quantile", "bisection")
 _DTYPES = ("float32", "float16")
 
@@ -252,6 +254,116 @@ class PlacementConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InputsConfig:
+    """Which samples are trained on, and in which order. For batches that come through ``Slipstream.inputs``.
+
+    Raises:
+        ConfigError: a value is out of its range; the message names the field, the value and the range.
+    """
+
+    method: str = "off"
+    """``"off"``: all samples, in the loader's own batches. ``"random"``: drop samples by chance, the control that a
+    method must beat. ``"negatives"``: drop negatives (labels up to 0.5) by chance, and let the kept ones count for
+    them. ``"slipstream"`` (Slipstream's): drop inputs that look up nothing but stale rows. ``"fae"`` (FAE's): drop
+    none, and deal those that look up nothing but hot rows into batches of their own; the hot rows are the session's
+    placement's, or ``hot_bytes`` of the ``profile`` given to ``Slipstream.inputs``, which takes a ``test_loss`` too.
+    What each costs in quality: ``benchmarks/convergence.py``."""
+
+    drop_share: float = 0.3
+    """Share of the samples that a dropping method drops, in ``[0, 1)``. The papers' artefact has 0.3."""
+
+    seed: int = 0
+    """Of what is drawn. Ranks and epochs draw differently by themselves."""
+
+    weigh: bool | None = None
+    """Whether a kept sample counts for the dropped ones like it: batches then come as ``WeightedBatch``, and the loss
+    of sample i has to be multiplied by ``batch.weights[i]``. None: as the method has it (``"negatives"`` does,
+    ``"random"`` does not)."""
+
+    min_probability: float = 0.1
+    """Least probability of a sample to be kept where methods weigh, in ``(0, 1]``; its inverse bounds the weights."""
+
+    hot_bytes: int | str | None = None
+    """Of ``"slipstream"`` and ``"fae"``: bytes for hot rows with their optimizer state, such as ``"256MiB"`` (the
+    artefacts'), by the ``profile`` given to ``Slipstream.inputs``; without one, ``"slipstream"`` goes by the session's
+    own counts. None: ``"slipstream"`` has all rows hot."""
+
+    search_window: float = 0.08
+    """Of ``"slipstream"``: accepted distance from ``drop_share``, which there is of the hot inputs, in ``[0, 1]``."""
+
+    stale_lookups: int | None = None
+    """Of ``"slipstream"``: stale look-ups that an input needs to be dropped, at least 1; None: all that it has."""
+
+    each_table: bool = False
+    """Of ``"slipstream"``: ``stale_lookups`` counts in every table (the artefact's Taobao run), not over all."""
+
+    sample_share: float = 0.01
+    """Of ``"slipstream"``: share of the inputs that are kept for the search, in ``(0, 1]``."""
+
+    start: int = 0
+    """Of ``"slipstream"``: the training step before which the first snapshot is taken. The artefact's runs: 1000."""
+
+    snapshot_steps: int = 100
+    """Of ``"slipstream"``: steps from the first snapshot to the second, after which the search is, at least 1."""
+
+    again: int = 0
+    """Of ``"slipstream"``: steps from a first snapshot to the next, which thaws all rows; 0: once a run, as published;
+    else more than ``snapshot_steps``."""
+
+    min_touches: int = 5
+    """Of ``"slipstream"``: look-ups between the snapshots that a row needs to be stale, at least 1."""
+
+    max_threshold: float | None = 0.1
+    """Of ``"slipstream"``: upper end of the search, above 0; None: the largest movement."""
+
+    movement: str = "plain"
+    """Of ``"slipstream"``: how far a row moved, ``"plain"`` (as published), over its touches (``"per_touch"``), or over
+    its size (``"relative"``)."""
+
+    per_table: bool = False
+    """Of ``"slipstream"``: a threshold for each table, below which the same share of its look-ups is."""
+
+    window: int = 100
+    """Of ``"fae"``: input batches a rank that are read, and held in memory, before the first of them go out; FAE's is
+    an epoch."""
+
+    rate: float = 50.0
+    """Of ``"fae"``: percent of a window's batches of a kind that go out at a turn, at first, in ``[1, 100]``."""
+
+    patience: int = 4
+    """Of ``"fae"``: falls of the test loss in a row that double the rate, at least 1; it is halved when the loss does
+    not fall. Without a ``test_loss`` it stays."""
+
+    def __post_init__(self) -> None:
+        if self.hot_bytes is not None:
+            object.__setattr__(self, "hot_bytes", parse_bytes(self.hot_bytes))
+        for name in ("snapshot_steps", "min_touches", "window", "patience"):
+            _within(name, getattr(self, name), 1)
+        _within("start", self.start, 0)
+        _within("again", self.again, 0)
+        _within("search_window", self.search_window, 0.0, 1.0)
+        _within("sample_share", self.sample_share, 0.0, 1.0)
+        _within("rate", self.rate, 1.0, 100.0)
+        _one_of("movement", self.movement, MOVEMENTS)
+        if self.stale_lookups is not None:
+            _within("stale_lookups", self.stale_lookups, 1)
+        if self.sample_share == 0.0 or (self.max_threshold is not None and not self.max_threshold > 0.0):
+            raise ConfigError(
+                f"sample_share={self.sample_share!r} and max_threshold={self.max_threshold!r} must be above 0"
+            )
+        if 0 < self.again <= self.snapshot_steps:
+            raise ConfigError(f"again={self.again} must be 0, or more than snapshot_steps={self.snapshot_steps}")
+        _one_of("method", self.method, INPUT_METHODS)
+        _within("drop_share", self.drop_share, 0.0, 1.0, open_end=True)
+        _within("seed", self.seed, 0)
+        _within("min_probability", self.min_probability, 0.0, 1.0)
+        if self.min_probability == 0.0:
+            raise ConfigError("min_probability=0 would let a kept sample stand for infinitely many; give more than 0")
+        if self.weigh not in (True, False, None):
+            raise ConfigError(f"weigh={self.weigh!r} must be True, False or None (the method's own way)")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SlipstreamConfig:
     """Configuration of a session: one part a room."""
 
@@ -263,6 +375,9 @@ class SlipstreamConfig:
 
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     """Which rows are hot, and when that changes."""
+
+    inputs: InputsConfig = field(default_factory=InputsConfig)
+    """Which samples are trained on."""
 
     def __post_init__(self) -> None:
         if self.placement.replan_every and self.access.counter in ("sketch", "off"):

@@ -29,3 +29,7 @@ class ProfileError(SlipstreamError):
 
 class PlanError(SlipstreamError):
     """There is no plan, or none that fits the memory; the message says by how much, and what would."""
+
+
+class InputError(SlipstreamError):
+    """A batch, or the loader that gives them, is not what it should be."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial, reduce
 from typing import Any, Protocol, overload
@@ -15,20 +16,26 @@ from torchrec.distributed.model_parallel import DMPCollection
 
 from torchrec_slipstream.access import AccessProfile
 from torchrec_slipstream.access.live import LiveCounts, has_row_counts
-from torchrec_slipstream.access.merging import Ranks, merge
+from torchrec_slipstream.access.merging import Ranks
 from torchrec_slipstream.config import SlipstreamConfig
-from torchrec_slipstream.errors import AttachError, ProfileError, StateError
+from torchrec_slipstream.errors import AttachError, StateError
+from torchrec_slipstream.inputs.hotline import Hotline
+from torchrec_slipstream.inputs.live import LiveInputs
+from torchrec_slipstream.inputs.methods import Surroundings, make
+from torchrec_slipstream.inputs.rows import Ranks as AgreeingRanks
+from torchrec_slipstream.inputs.rows import RowSets
 from torchrec_slipstream.placement import Placement
 from torchrec_slipstream.placement.attaching import attach_hot_rows
 from torchrec_slipstream.placement.hot_rows import HotRows
 from torchrec_slipstream.placement.slots import planned_overlay_bytes
+from torchrec_slipstream.report.inputs import InputReport
 from torchrec_slipstream.report.octaves import Octaves
 from torchrec_slipstream.report.placement import HitPoint, PlacementReport, Replan, TableHits
 from torchrec_slipstream.report.report import Report, TableReport
 from torchrec_slipstream.staleness.tracker import StalenessTracker
 from torchrec_slipstream.tbe import UpdateFilter, find_tbes, process_group_of
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 
 class ScalarWriter(Protocol):
@@ -96,6 +103,7 @@ class Slipstream:
             skips=staleness.target_share > 0.0,
         )
         self._group = process_group if process_group is not None else process_group_of(model)
+        rank = dist.get_rank(self._group) if self._group is not None else 0
         self._filters = [
             UpdateFilter(one.counting(lambda shard: has_row_counts(shard, access)), fades=access.half_life is not None)
             for one in found
@@ -109,17 +117,72 @@ class Slipstream:
             self._filters,
             self.config.placement,
             placement,
-            rank=dist.get_rank(self._group) if self._group is not None else 0,
+            rank=rank,
             counted=self._counts.counted_steps,
             total=total,
             group_device=self._group_device(),
         )
         self._hot = attach_hot_rows(hot_rows, total, self._group_device(), collective=wants_hot_rows)
+        self._around = Surroundings(
+            model,
+            self._filters,
+            AgreeingRanks(self._group, self._group_device()),
+            placement,
+            access.scale,
+            partial(self._counts.profile, Ranks(self._group, self._group_device())),
+        )
+        self._inputs = LiveInputs(self.config.inputs, self._group, partial(make, self.config.inputs, self._around))
         self._writer = writer
         self._began, self._first_step = time.perf_counter(), 0
         self._attached = True
         for one in self._filters:
             one.attach()
+
+    def inputs(self, loader: Iterable[Any], **things: Any) -> Iterator[Any]:
+        """The batches of one epoch to train on: those of ``loader``, less the samples that ``config.inputs`` drops.
+
+        Batches are as large as the loader's first, and every rank gets the same number of them, whatever it dropped and
+        however long its loader is; see :class:`InputStream`. Call :meth:`step` after the training step of each batch,
+        and this method anew for each epoch; the method's state goes on. With ``method="off"`` this is ``iter(loader)``.
+        A stream that is open when the session is detached goes on, and drops nothing more.
+
+        A collective call: every rank makes it, and takes batches, alike.
+
+        Args:
+            loader: of this rank's TorchRec ``Batch``es (or dataclasses of tensors and KJTs, :mod:`.inputs.batches`), of
+                any length, the same on resuming: one without a ``state_dict`` of its own is read on to where it was.
+            things: what the method needs besides, in the first call; see ``InputsConfig.method``.
+
+        Raises:
+            AttachError: the session was detached.
+            InputError: the method needs other ``things``.
+            StateError: the state that was loaded is of other inputs.
+        """
+        if not self._attached:
+            raise AttachError("this session was detached; iterate over the loader itself, or attach a new Slipstream")
+        return self._inputs.open(loader, **things)
+
+    def hotline(self, popular: RowSets | Callable[[Any], Tensor]) -> Hotline:
+        """Train each batch as a popular and a non-popular micro-batch that make one step: see :class:`Hotline`.
+
+        ::
+
+            hotline = slip.hotline(popular)
+            for batch in loader:
+                optimizer.zero_grad()
+                loss = hotline.backward(batch, lambda part: model(part)[0])
+                optimizer.step()
+                slip.step()
+
+        Args:
+            popular: the hot rows, or what says of a batch which of its samples are popular (bool ``[B]``).
+
+        Raises:
+            AttachError: the session was detached, or a table's update cannot be deferred.
+        """
+        if not self._attached:
+            raise AttachError("this session was detached; attach a new Slipstream to go on")
+        return Hotline(self._around.model, self._filters, popular, self._around.ranks)
 
     def step(self) -> None:
         """Tell the session that one training step (forward, backward and update) is over.
@@ -135,6 +198,7 @@ class Slipstream:
         steps = self._tracker.steps
         self._counts.step(steps)
         self._hot.step(steps)
+        self._inputs.step(steps)
         if self._writer is not None and steps % self.config.placement.record_every == 0:
             self._write_scalars(self._writer, steps)
 
@@ -154,6 +218,7 @@ class Slipstream:
         for one in self._filters:
             one.detach()
         self._hot.detach()
+        self._inputs.detach()
         self._attached = False
 
     def _write_scalars(self, writer: ScalarWriter, steps: int) -> None:
@@ -199,7 +264,12 @@ class Slipstream:
             placement=self._placement_report(elapsed),
             config=json.loads(json.dumps(asdict(self.config))),  # tuples as lists: what a file gives back is the same
             spread=self._spread(),
+            inputs=self._input_report(),
         )
+
+    def _input_report(self) -> InputReport | None:
+        mine = self._inputs.report()
+        return reduce(InputReport.__add__, self._gather(mine)) if mine is not None else None
 
     def _spread(self) -> dict[str, Octaves]:
         found: dict[str, Octaves] = {}
@@ -253,31 +323,22 @@ class Slipstream:
         Raises:
             ProfileError: nothing is counted, or the group has no rank ``dst``.
         """
-        access = self.config.access
-        if access.counter == "off":
-            raise ProfileError(
-                "AccessConfig(counter='off') counts no look-ups, so there is no profile; attach with 'sampled', "
-                "'exact' or 'sketch'"
-            )
-        ranks = Ranks(self._group, self._group_device())
-        if dst is not None and dst not in range(ranks.number):
-            raise ProfileError(
-                f"dst={dst!r}; give a rank of the session's process group, 0 to {ranks.number - 1}, or None"
-            )
-        return merge(self._counts.parts(), access.scale, ranks, dst)
+        return self._counts.profile(Ranks(self._group, self._group_device()), dst)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the model and its optimizers. Tensors only of this rank's shards.
 
-        Save it a rank at a time, beside the model's checkpoint. A run resumed on the same sharding then equals an
-        uninterrupted one bit for bit (re-plans go by the clock as well, but with ``max_stall_share=None``); without it,
-        or on another sharding, rows are tracked afresh.
+        Save it a rank at a time, beside the model's checkpoint, between two steps. In the middle of an epoch it holds
+        the samples that :meth:`inputs` has read and that were not trained on yet; after its last step, the next epoch
+        is to come. A run resumed on the same sharding then equals an uninterrupted one bit for bit (re-plans go by the
+        clock as well, but with ``max_stall_share=None``); without it, or on another sharding, rows are tracked afresh.
         """
         return {
             "version": STATE_VERSION,
             "staleness": self._tracker.state_dict(),
             "access": self._counts.state_dict(),
             "placement": self._hot.state_dict(),
+            "inputs": self._inputs.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -287,22 +348,25 @@ class Slipstream:
             StateError: it belongs to another version, model, sharding or configuration. Nothing was changed.
         """
         version = state.get("version") if isinstance(state, dict) else None
-        if version in range(1, STATE_VERSION):
+        if isinstance(version, int) and version in range(1, STATE_VERSION):
+            missing = "which rows are hot" if version < 3 else "which inputs were read"
             raise StateError(
-                f"this is a Slipstream state of version {version}, which does not say which rows are hot; this release "
-                f"reads version {STATE_VERSION}. Start without it: the model's checkpoint is complete, and rows are "
+                f"this is a Slipstream state of version {version}, which does not say {missing}; this release reads "
+                f"version {STATE_VERSION}. Start without it: the model's checkpoint is complete, and rows are "
                 "tracked afresh."
             )
-        if version != STATE_VERSION or not {"staleness", "access", "placement"} <= state.keys():
+        if version != STATE_VERSION or not {"staleness", "access", "placement", "inputs"} <= state.keys():
             raise StateError(f"not a Slipstream state of version {STATE_VERSION} (version={version!r})")
         self._counts.check_config(state["access"])
         self._tracker.check(state["staleness"])
         self._counts.check(state["access"])
         self._hot.check(state["placement"])
+        self._inputs.check(state["inputs"])
         self._tracker.load_state_dict(state["staleness"])
         self._counts.load_state_dict(state["access"])
         self._counts.prepare(self._tracker.steps)
         self._hot.load_state_dict(state["placement"])
+        self._inputs.load_state_dict(state["inputs"])
         self._began, self._first_step = time.perf_counter(), self._tracker.steps
 
     # ------------------------------------------------------------------------------------------- over ranks

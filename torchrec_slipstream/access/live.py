@@ -5,16 +5,17 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
 from torchrec_slipstream.access.counters import is_counted
-from torchrec_slipstream.access.merging import Part, PartInfo
+from torchrec_slipstream.access.merging import Part, PartInfo, Ranks, merge
+from torchrec_slipstream.access.profile import AccessProfile
 from torchrec_slipstream.access.sketch import RowSketch
 from torchrec_slipstream.config import AccessConfig
-from torchrec_slipstream.errors import StateError
+from torchrec_slipstream.errors import ProfileError, StateError
 
 if TYPE_CHECKING:  # tbe/ counts with our counters, and so imports this room
     from torchrec_slipstream.tbe import TableShard
@@ -68,6 +69,27 @@ class LiveCounts:
         config = self.config
         for one in self._filters:
             one.counting = config.counter != "off" and is_counted(step, config.scale)
+
+    @overload
+    def profile(self, ranks: Ranks) -> AccessProfile: ...
+    @overload
+    def profile(self, ranks: Ranks, dst: int | None) -> AccessProfile | None: ...
+    def profile(self, ranks: Ranks, dst: int | None = None) -> AccessProfile | None:
+        """The counts so far of all ``ranks``, on rank ``dst`` or (None) on all: a collective call.
+
+        Raises:
+            ProfileError: nothing is counted, or there is no rank ``dst``.
+        """
+        if self.config.counter == "off":
+            raise ProfileError(
+                "AccessConfig(counter='off') counts no look-ups, so there is no profile; attach with 'sampled', "
+                "'exact' or 'sketch'"
+            )
+        if dst is not None and dst not in range(ranks.number):
+            raise ProfileError(
+                f"dst={dst!r}; give a rank of the session's process group, 0 to {ranks.number - 1}, or None"
+            )
+        return merge(self.parts(), self.config.scale, ranks, dst)
 
     def counted_steps(self, begin: int, end: int) -> int:
         """How many of the steps ``begin`` to ``end - 1`` are counted."""

@@ -184,6 +184,8 @@ def _check_report(report: Report) -> None:
     parts: list[Any] = [report, *report.tables.values(), *report.decisions, *report.spread.values()]
     if (placed := report.placement) is not None:
         parts += [placed, *placed.tables.values(), *placed.points, *placed.replans]
+    if (inputs := report.inputs) is not None:
+        parts += [inputs, *inputs.labels.values(), *inputs.features.values()]
     for octaves in report.spread.values():
         counts, lowest = octaves.counts, octaves.lowest
         if not isinstance(lowest, int) or abs(lowest) + len(counts) > 256 or not all(map(_is_number, counts)):

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from torchrec_slipstream.report.inputs import InputReport
 from torchrec_slipstream.report.octaves import Octaves
 from torchrec_slipstream.report.placement import PlacementReport
 
@@ -57,7 +58,8 @@ class TableReport:
 class Report:
     """What a session did. ``str()`` is a table for people, :meth:`to_dict` the same for programs.
 
-    ``placement`` is what became of the hot rows; None where none had an overlay.
+    ``placement`` is what became of the hot rows; None where none had an overlay. ``inputs`` is what became of the
+    samples; None where the session chose none.
 
     ``seconds`` is wall time since attach, ``tracker_seconds`` the part of it spent in decisions (snapshots, counts,
     search and collectives; on this rank).
@@ -80,6 +82,7 @@ class Report:
     placement: PlacementReport | None = field(default=None, repr=False)
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)
     spread: Mapping[str, Octaves] = field(default_factory=dict, repr=False)
+    inputs: InputReport | None = field(default=None, repr=False)
 
     @property
     def total(self) -> TableReport:
@@ -118,6 +121,7 @@ class Report:
             "placement": self.placement.to_dict() if self.placement is not None else None,
             "config": self.config,
             "spread": {name: octaves.to_dict() for name, octaves in self.spread.items()},
+            "inputs": self.inputs.to_dict() if self.inputs is not None else None,
         }
 
     def save(
@@ -153,6 +157,7 @@ class Report:
             placement=PlacementReport.from_dict(values["placement"]) if values.get("placement") else None,
             config=values.get("config", {}),
             spread={name: Octaves.from_dict(one) for name, one in values.get("spread", {}).items()},
+            inputs=InputReport.from_dict(values["inputs"]) if values.get("inputs") else None,
             **{name: values[name] for name in ("steps", "seconds", "tracker_seconds", "target_share")},
         )
 
@@ -178,4 +183,6 @@ class Report:
         )
         if self.placement is not None:
             lines += ["", "hot rows", str(self.placement)]
+        if self.inputs is not None:
+            lines += ["", "inputs", str(self.inputs)]
         return "\n".join(lines)

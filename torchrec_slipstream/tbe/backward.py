@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,10 +15,7 @@ from torchrec_slipstream.tbe.sampling import Layout, variable_blocks
 
 
 class Cut(Protocol):
-    """What the backward is to see of a batch: a compaction of it, or its beginning."""
-
-    @property
-    def count(self) -> int: ...
+    """What the backward is to see of a batch: a compaction of it, its beginning, or all."""
 
     def take(self, values: Tensor) -> Tensor: ...
 
@@ -43,6 +40,19 @@ class Beginning:
         return self.batch_offsets
 
 
+@dataclass(frozen=True)
+class Whole:
+    """All look-ups of a batch."""
+
+    batch_offsets: Tensor
+
+    def take(self, values: Tensor) -> Tensor:
+        return values
+
+    def offsets(self) -> Tensor:
+        return self.batch_offsets
+
+
 class SavedLookups:
     """Hooks that let the fused backward unpack a part of the look-ups only.
 
@@ -52,15 +62,19 @@ class SavedLookups:
     Args:
         weights: the per-sample weights, if there are any.
         are_ones: whether they are all 1, for FBGEMM's sake only.
+        shown: what the backward is to see instead of what the TBE looked up: "indices", "offsets" and "weights".
 
     Attributes:
         cut: the part, to be set before the backward.
     """
 
-    def __init__(self, tbe: TBE, weights: Tensor | None, *, are_ones: bool) -> None:
+    def __init__(
+        self, tbe: TBE, weights: Tensor | None, *, are_ones: bool, shown: Mapping[str, Tensor | None] | None = None
+    ) -> None:
         self._tbe = tbe
         self._weights = weights
         self._are_ones = are_ones
+        self._shown = shown
         self._met: set[str] = set()
         self.cut: Cut | None = None
         self._factor: Tensor | None = None
@@ -75,8 +89,19 @@ class SavedLookups:
         ):
             if ours is not None and ours.numel() > 0 and _same_memory(tensor, ours):
                 self._met.add(name)
-                return name, tensor, tensor._version
+                seen = self._seen_instead(name, tensor) if self._shown else tensor
+                return name, seen, seen._version
         return tensor
+
+    def _seen_instead(self, name: str, tensor: Tensor) -> Tensor:
+        assert self._shown is not None
+        if name == "lxu_cache_locations":
+            indices, offsets = self._shown["indices"], self._shown["offsets"]
+            assert indices is not None
+            assert offsets is not None
+            return cache_locations(self._tbe, indices, offsets)
+        shown = self._shown[name]
+        return tensor if shown is None else shown
 
     def unpack(self, packed: Tensor | tuple[str, Tensor, int]) -> Tensor:
         if isinstance(packed, Tensor):
@@ -112,6 +137,12 @@ class SavedLookups:
                 f"this FBGEMM saves {sorted(missing)} for its backward in a way that the update filter does not "
                 "know, so look-ups cannot be left out of it. Call detach() to train on, and report the version."
             )
+
+
+def cache_locations(tbe: TBE, indices: Tensor, offsets: Tensor) -> Tensor:
+    """int32 ``[look-ups]``, where FBGEMM's cache has the rows now, -1 where it has not: as its own prefetch finds."""
+    numbers = torch.ops.fbgemm.linearize_cache_indices(tbe.cache_hash_size_cumsum, indices, offsets)
+    return torch.ops.fbgemm.lxu_cache_lookup(numbers, tbe.lxu_cache_state, int(tbe.total_cache_hash_size), False)
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:

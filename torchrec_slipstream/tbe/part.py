@@ -15,6 +15,7 @@ from torchrec_slipstream.tbe.backward import (
     Beginning,
     SavedLookups,
     WeightGradient,
+    Whole,
     clipped,
     prehook,
     scale_bags,
@@ -28,7 +29,11 @@ from torchrec_slipstream.tbe.sampling import Layout
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of a TBE's forward; ``more`` are those that only newer versions have, by name."""
+    """The arguments of a TBE's forward; ``more`` are those that only newer versions have, by name.
+
+    ``gathers``: False where the output is not wanted, but only the backward: FBGEMM's forward is then run over empty
+    bags, and its backward is shown these look-ups (``deferred.py``).
+    """
 
     indices: Tensor
     offsets: Tensor
@@ -36,6 +41,7 @@ class Call:
     feature_requires_grad: Tensor | None
     batch_sizes: list[list[int]] | None
     more: dict[str, Any] = field(default_factory=dict)
+    gathers: bool = True
 
     def run(self, forward: Callable[..., Tensor]) -> Tensor:
         return forward(
@@ -57,6 +63,17 @@ class Call:
         if not first and (shared := more.get("vbe_output")) is not None:
             more = more | {"vbe_output": torch.zeros_like(shared)}
         return replace(self, indices=side.indices, offsets=side.offsets, weights=weights, more=more)
+
+    def emptied(self, pooling: PoolingMode) -> Call:
+        """As many bags, all empty, so that the output has this call's shape.
+
+        FBGEMM recognisably saves only tensors that have elements, hence the index behind the last bag. It is never
+        read; -1 is what FBGEMM's prefetch passes over (``preparing.py``).
+        """
+        count = self.indices.numel() if pooling == PoolingMode.NONE else 1
+        weights = self.weights.new_zeros(count) if self.weights is not None else None
+        indices = torch.full((count,), -1, dtype=self.indices.dtype, device=self.indices.device)
+        return replace(self, indices=indices, offsets=torch.zeros_like(self.offsets), weights=weights)
 
 
 class Part:
@@ -91,7 +108,7 @@ class Part:
         # The padding behind one side's look-ups has to be cut off.
         self._is_padded = side is not None and side.chosen.is_padded
         self._cuts = cuts
-        self._hooked = cuts or (self._is_padded and torch.is_grad_enabled())
+        self._hooked = cuts or not call.gathers or (self._is_padded and torch.is_grad_enabled())
         self._samples = samples
         self._users_weights = call.weights is not None
         self._saved: SavedLookups | None = None
@@ -125,14 +142,21 @@ class Part:
         if weights is not None:
             # FBGEMM would compute the weights' gradient over the kept look-ups only, in their shape.
             wanted = torch.zeros(len(self._layout.dims), dtype=torch.int32, device=call.indices.device)
-        self._saved = saved = SavedLookups(self.tbe, weights, are_ones=not self._users_weights)
+        run = call = replace(call, weights=weights, feature_requires_grad=wanted)
+        shown: dict[str, Tensor | None] = {}
+        if not call.gathers:
+            run = call.emptied(self._layout.pooling)
+            shown = {"indices": call.indices, "offsets": call.offsets, "weights": weights}
+        self._saved = saved = SavedLookups(self.tbe, run.weights, are_ones=not self._users_weights, shown=shown)
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-            output = replace(call, weights=weights, feature_requires_grad=wanted).run(self._forward)
+            output = run.run(self._forward)
         if output.grad_fn is None:
             return output
         saved.check()
-        self._offsets = self.tbe._offsets
+        self._offsets = self.tbe._offsets if call.gathers else call.offsets
         self._node = output.grad_fn
+        if not call.gathers:
+            saved.cut = Whole(call.offsets)
         if self._is_padded and self._side is not None:
             saved.cut = Beginning(self._side.chosen, self._offsets)
         return output

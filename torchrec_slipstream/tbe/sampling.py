@@ -10,11 +10,13 @@ Magnitudes are relative to the batch's mean, so that ``scale`` does not depend o
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 
+import numpy as np
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from torch import Tensor
@@ -48,11 +50,22 @@ def magnitudes(gradient: Tensor, layout: Layout) -> Tensor:
         size = gradient.float().norm(dim=1)
     elif layout.batch_sizes is None:
         columns = [gradient.narrow(1, begin, width) for begin, width in _probed(tuple(layout.dims))]
-        size = torch.cat(columns, dim=1).float().square_().sum(dim=1).sqrt_()
+        size = _norms(columns)
     else:
         size = _variable_norms(gradient, layout)
+    if size.device.type == "cpu":  # where the host need not wait for a number, and fewer operations are quicker
+        mean = float(size.mean())
+        return size.mul_(1.0 / max(mean, 1e-30)) if math.isfinite(mean) else torch.full_like(size, torch.nan)
     mean = size.mean()
     return torch.where(mean.isfinite(), size / mean.clamp(min=1e-30), torch.nan)
+
+
+def _norms(columns: list[Tensor]) -> Tensor:
+    """float32 ``[samples]``, the norms of the rows of ``[samples, columns]`` matrices side by side."""
+    if columns[0].device.type == "cpu" and columns[0].dtype == torch.float32:
+        arrays = [one.detach().numpy() for one in columns]
+        return torch.from_numpy(np.sqrt(sum(np.einsum("ij,ij->i", one, one) for one in arrays)))
+    return torch.cat(columns, dim=1).float().square_().sum(dim=1).sqrt_()
 
 
 @cache
@@ -93,8 +106,25 @@ def _variable_norms(gradient: Tensor, layout: Layout) -> Tensor:
 
 def kept_probability(magnitude: Tensor, scale: float, least: float) -> Tensor:
     """``clamp(scale * magnitude, least, 1)``; 1 where the magnitude is not finite (such a step is kept whole)."""
-    # A magnitude is a finite number or NaN.
-    return (magnitude * scale).clamp_(least, 1.0).nan_to_num_(nan=1.0)
+    # A magnitude is a finite number or NaN, which fmin takes for the other, 1.
+    return torch.fmin((magnitude * scale).clamp_(min=least), magnitude.new_ones(()))
+
+
+def stands_for(probability: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw: 0 of what is dropped, and of what is kept, with that probability, its inverse. float32."""
+    kept = torch.rand(probability.shape, generator=generator, device=probability.device) < probability
+    return kept / probability
+
+
+def factors(stands_for: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    """bool and float32 ``[look-ups]``: which are kept, and what each counts for. Live ones are, and count once."""
+    if live.device.type == "cpu":
+        # In numpy, whose calls cost a CPU half of torch's; and not np.where, which a random mask makes slow.
+        mask = live.numpy()
+        factor = stands_for.numpy() * ~mask + mask
+        return torch.from_numpy(factor > 0), torch.from_numpy(factor)
+    factor = stands_for * live.logical_not() + live
+    return factor > 0, factor
 
 
 def of_lookups(values: Tensor, offsets: Tensor, layout: Layout, lookups: int) -> Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
@@ -22,6 +24,9 @@ from torchrec_slipstream.tbe.part import Call, Part
 from torchrec_slipstream.tbe.preparing import bounds_unchecked, checked_call, take_prefetched
 from torchrec_slipstream.tbe.routing import Side, merge, route
 from torchrec_slipstream.tbe.sampling import Layout
+
+if TYPE_CHECKING:
+    from torchrec_slipstream.tbe.deferred import Deferral
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class UpdateFilter(LookupCounter):
         watching: whether the coming backwards' gradient magnitudes are kept in ``magnitudes``.
         step: number of the coming step; sampling draws by it.
         overlay: where hot rows are; None: the TBE has all rows itself. Set it before :meth:`attach`.
+        deferred: while the updates of micro-batches are put off: what keeps their look-ups and gradients.
         skipped: int64 ``[features]``, look-ups whose update was left out.
     """
 
@@ -63,6 +69,7 @@ class UpdateFilter(LookupCounter):
         self._dims = [found.shards[t].dim for t in self.feature_table]
         self.skipped = torch.zeros_like(self.lookups)
         self.overlay: Overlay | None = None
+        self.deferred: Deferral | None = None
         self._rows = BackingRows(self.tbe)
 
     def attach(self) -> None:
@@ -104,6 +111,8 @@ class UpdateFilter(LookupCounter):
 
     def choose_live(self, rows: Tensor) -> Tensor:
         """bool ``[N]``, which of the look-ups of ``rows`` (int64 ``[N]``, slots) are live."""
+        if self.device.type == "cpu":  # where a call of numpy's costs half of torch's
+            return torch.from_numpy(self.patterns.numpy().take(rows.numpy()) & np.uint8(1 << self.phase) != 0)
         word = self.patterns.index_select(0, rows)
         return word.bitwise_and_(1 << self.phase).ne_(0).view(torch.bool)
 
@@ -123,6 +132,8 @@ class UpdateFilter(LookupCounter):
     def forward(self, stock: Callable[..., Tensor], call: Call) -> Tensor:
         """Run ``stock``, the TBE's own forward, so that its backward leaves out what is stale."""
         training = torch.is_grad_enabled()
+        if training and self.deferred is not None:
+            return self.deferred.hold(stock, call)
         if torch.compiler.is_compiling():
             if self.overlay is not None:
                 raise RuntimeError("torch.compile cannot trace a TBE with hot rows; detach() first, or compile less")
@@ -135,9 +146,7 @@ class UpdateFilter(LookupCounter):
         layout = Layout(self.tbe.pooling_mode, self._dims, call.batch_sizes, call.more.get("vbe_output_offsets"))
         rows = None
         if self.overlay is None:
-            parts = [self._part(self.tbe, stock, call, layout)]
-            output = parts[0].run()
-            batch = self.checked()
+            parts, output, batch = self._run_alone(stock, call, layout)
         else:
             parts, output, batch, rows = self._run_both(stock, call, layout, self.overlay)
         if not training:
@@ -166,6 +175,17 @@ class UpdateFilter(LookupCounter):
     ) -> Part:
         cuts = self.any_stale and torch.is_grad_enabled()
         return Part(tbe, forward, call, layout, side=side, cuts=cuts, samples=self.sampling is not None)
+
+    def _run_alone(
+        self, stock: Callable[..., Tensor], call: Call, layout: Layout
+    ) -> tuple[list[Part], Tensor, CheckedBatch]:
+        if call.gathers:
+            part = self._part(self.tbe, stock, call, layout)
+            return [part], part.run(), self.checked()
+        call, batch = checked_call(self, call)
+        part = self._part(self.tbe, stock, call, layout)
+        with bounds_unchecked(self.tbe):
+            return [part], part.run(), batch
 
     def _run_both(
         self, stock: Callable[..., Tensor], call: Call, layout: Layout, overlay: Overlay
@@ -214,13 +234,8 @@ class UpdateFilter(LookupCounter):
                 self.magnitudes.append(magnitudes)
             probability = sampling.kept_probability(magnitudes, chosen.scale, chosen.least)
             generator = sampling.generator_for(name, step, draw, self.device)
-            kept = torch.rand(probability.shape, generator=generator, device=self.device) < probability
-            # 0 for what is dropped, so that one expansion to the look-ups tells both.
-            stands_for = torch.where(kept, 1.0 / probability, 0.0)
-            stands_for = sampling.of_lookups(stands_for, batch.offsets, layout, live.numel())
-            # As torch.where(live, 1, stands_for), which takes 10 times as long on a CPU for a mask at random.
-            factor = stands_for * live.logical_not() + live
-            kept = factor > 0
+            stands_for = sampling.stands_for(probability, generator)
+            kept, factor = sampling.factors(sampling.of_lookups(stands_for, batch.offsets, layout, live.numel()), live)
             for part in parts:
                 left_out = part.cut(kept, batch.bounds, factor)
                 # A second backward through a retained graph draws again, but these look-ups were seen once.

@@ -82,6 +82,7 @@ OPERATORS = (
     "split_embedding_codegen_grad_indice_weights_vbe_pt2_wrapper",
     "generate_vbe_metadata",
     "lxu_cache_lookup",
+    "linearize_cache_indices",
 )
 _TABLE = ("name", "local_rows", "local_cols", "num_embeddings", "embedding_dim", "local_metadata")
 

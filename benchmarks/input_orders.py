@@ -1,0 +1,93 @@
+"""The papers' methods that train on all inputs, in another order or in two parts: FAE and Hotline."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torchrec.datasets.utils import Batch
+
+from examples.model import table_configs
+from examples.samples import batches
+from examples.train_dlrm import Data
+from torchrec_slipstream import AccessProfile, InputsConfig, Slipstream, SlipstreamConfig, StalenessConfig
+from torchrec_slipstream.inputs.hot import hot_of_profile
+from torchrec_slipstream.tbe.features import model_tables
+
+# FAE's 256 MB are an eighth of the Kaggle tables; its access profile is of 5% of the inputs.
+_HOT_SHARE = 0.125
+_PROFILED_SHARE = 0.05
+# The last samples of the training, whose loss moves FAE's rate. (FAE takes the test's, which no method should see.)
+_HELD = 2048
+
+
+class _Order:
+    """A session that skips no update, and the hot rows."""
+
+    def __init__(self, model: nn.Module, data: Data, arguments: argparse.Namespace, inputs: InputsConfig) -> None:
+        self._model, self._data = model, data
+        sample = data.train.slice(0, max(arguments.batch_size, int(_PROFILED_SHARE * len(data.train))))
+        tables = table_configs(data.train.table_rows, arguments.embedding_dim)
+        self._profile = AccessProfile.measure(batches(sample, arguments.batch_size), tables)
+        hot_bytes = self._profile.budget_bytes(_HOT_SHARE)
+        self._hot = hot_of_profile(model_tables(model), self._profile, hot_bytes)
+        staleness = StalenessConfig(target_share=0.0)
+        inputs = replace(inputs, hot_bytes=hot_bytes)
+        self.session = Slipstream(model, SlipstreamConfig(staleness=staleness, inputs=inputs))
+
+    def step(self) -> None:
+        """A training step is over."""
+        self.session.step()
+
+    def hot_share(self) -> float:
+        """Of the training inputs, those that look up nothing but hot rows."""
+        hot = [
+            self._hot.samples([batch.sparse_features]).all_inside
+            for batch in batches(self._data.train, 1024, shuffle=False, drop_last=False)
+        ]
+        return float(torch.cat(hot).double().mean())
+
+
+class Fae(_Order):
+    """Pure hot and cold batches, a window of the whole epoch as in the paper, its shuffle scheduler."""
+
+    def __init__(self, model: nn.Module, data: Data, arguments: argparse.Namespace) -> None:
+        window = len(data.train) // arguments.batch_size
+        super().__init__(model, data, arguments, InputsConfig(method="fae", window=window))
+        self._held = data.train.slice(max(0, len(data.train) - _HELD), len(data.train))
+
+    def inputs(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """An epoch's batches."""
+        return self.session.inputs(loader, profile=self._profile, test_loss=self._loss)
+
+    def _loss(self) -> float:
+        self._model.eval()
+        with torch.no_grad():
+            loss = [float(self._model(batch)[0]) for batch in batches(self._held, 512, shuffle=False)]
+        self._model.train()
+        return sum(loss) / len(loss)
+
+
+class HotlineSteps(_Order):
+    """A popular and a non-popular micro-batch, one step."""
+
+    def __init__(self, model: nn.Module, data: Data, arguments: argparse.Namespace) -> None:
+        super().__init__(model, data, arguments, InputsConfig())
+        self._hotline = self.session.hotline(self._hot)
+
+    def inputs(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """An epoch's batches, as they come."""
+        return iter(loader)
+
+    def backward(self, batch: Batch) -> None:
+        """Forward and backward of both parts."""
+        self._hotline.backward(batch, lambda part: self._model(part)[0])
+
+
+REORDERING: dict[str, Callable[[nn.Module, Data, argparse.Namespace], Fae | HotlineSteps]] = {
+    "fae": Fae,
+    "hotline": HotlineSteps,
+}

@@ -1,0 +1,159 @@
+"""Methods that look at no embedding row: the controls that every other method has to beat."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchrec_slipstream.errors import InputError, StateError
+from torchrec_slipstream.inputs.batches import labels_of, size_of
+from torchrec_slipstream.inputs.choice import Choice
+
+_MEMORY = 0.99  # weight of the past in the share of positives, an input batch
+
+
+class KeepAll:
+    """Keeps every sample, in lane 0 of ``lanes``, with weight 1 if it ``weighs``."""
+
+    def __init__(self, *, lanes: int = 1, weighs: bool = False) -> None:
+        self.lanes, self.weighs = lanes, weighs
+
+    def choose(self, batch: Any) -> Choice:
+        """All of them."""
+        return Choice(keep=torch.ones(size_of(batch), dtype=torch.bool))
+
+    def step(self, steps: int) -> None:
+        """Nothing changes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing but the name."""
+        return {"selector": "all"}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Check that the state is of this selector."""
+        _check("all", state)
+
+
+class RandomDrop:
+    """Keeps every sample with probability ``1 - drop_share``.
+
+    What is dropped depends on ``seed``, ``rank`` and the number of input batches chosen from before, so that epochs
+    differ and runs repeat.
+
+    Args:
+        drop_share: in ``[0, 1)``.
+        weighs: kept samples weigh ``1 / (1 - drop_share)``.
+    """
+
+    lanes = 1
+
+    def __init__(self, drop_share: float, *, seed: int = 0, rank: int = 0, weighs: bool = False) -> None:
+        self.weighs = weighs
+        self._keep = 1.0 - drop_share
+        self._draws = _Draws(seed, rank)
+
+    def choose(self, batch: Any) -> Choice:
+        """By chance alone."""
+        size = size_of(batch)
+        keep = self._draws.uniform(size) < self._keep
+        return Choice(keep, torch.full((size,), 1.0 / self._keep) if self.weighs else None)
+
+    def step(self, steps: int) -> None:
+        """Nothing changes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of input batches chosen from."""
+        return {"selector": "random", "batches": self._draws.batches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the draws."""
+        _check("random", state)
+        self._draws.batches = state["batches"]
+
+
+class NegativeSampling:
+    """Keeps every positive sample (any label above 0.5), and drops negatives at random so that ``drop_share`` of all
+    samples go.
+
+    A negative is kept with probability ``p = 1 - drop_share / (share of negatives)``, that share a mean of this rank's
+    input batches, the current one included, which fades over some 100 of them. Where the negatives are too few for
+    ``drop_share``, p is ``min_probability``, and less is dropped. Draws as :class:`RandomDrop`.
+
+    Args:
+        drop_share: of all samples, in ``[0, 1)``.
+        weighs: kept negatives weigh ``1 / p``, so that the expected gradient is the full one.
+        min_probability: least p, in ``(0, 1]``.
+    """
+
+    lanes = 1
+
+    def __init__(
+        self, drop_share: float, *, seed: int = 0, rank: int = 0, weighs: bool = True, min_probability: float = 0.1
+    ) -> None:
+        self.weighs = weighs
+        self._drop_share, self._min_probability = drop_share, min_probability
+        self._draws = _Draws(seed, rank)
+        self._negatives = self._samples = 0.0  # faded sums
+
+    def choose(self, batch: Any) -> Choice:
+        """By label, and by chance.
+
+        Raises:
+            InputError: the batch has no labels, or not one row of them a sample.
+        """
+        size, labels = size_of(batch), labels_of(batch)
+        if labels is None:
+            raise InputError(
+                f"method 'negatives' reads labels, and {type(batch).__name__} has no tensor 'labels'; name it so"
+            )
+        negative = (labels.reshape(size, -1) <= 0.5).all(dim=1).cpu()
+        self._negatives = _MEMORY * self._negatives + int(negative.count_nonzero())
+        self._samples = _MEMORY * self._samples + size
+        probability = 1.0 - self._drop_share * self._samples / max(self._negatives, 1e-9)
+        probability = max(probability, self._min_probability)
+        keep = ~negative | (self._draws.uniform(size) < probability)
+        if not self.weighs:
+            return Choice(keep)
+        weight = torch.ones(size)
+        weight[negative] = 1.0 / probability
+        return Choice(keep, weight)
+
+    def step(self, steps: int) -> None:
+        """Nothing changes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of input batches chosen from, and the faded sums."""
+        return {
+            "selector": "negatives",
+            "batches": self._draws.batches,
+            "negatives": self._negatives,
+            "samples": self._samples,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the draws and the sums."""
+        _check("negatives", state)
+        self._draws.batches = state["batches"]
+        self._negatives, self._samples = state["negatives"], state["samples"]
+
+
+class _Draws:
+    """Uniform numbers by (seed, rank, number of the input batch)."""
+
+    def __init__(self, seed: int, rank: int) -> None:
+        self._seed, self._rank, self.batches = seed, rank, 0
+
+    def uniform(self, size: int) -> Tensor:
+        """The next batch's, float32 [size] in [0, 1)."""
+        # Odd multipliers spread neighbouring numbers over the 64 bits, which the generator takes as they come.
+        mixed = self._seed * 0x9E3779B97F4A7C15 + self._rank * 0xBF58476D1CE4E5B9 + self.batches * 0x94D049BB133111EB
+        self.batches += 1
+        return torch.rand(size, generator=torch.Generator().manual_seed(mixed % 2**64 - 2**63))
+
+
+def _check(name: str, state: dict[str, Any]) -> None:
+    if not isinstance(state, dict) or state.get("selector") != name:
+        found = state.get("selector") if isinstance(state, dict) else state
+        raise StateError(f"this is the state of selector {found!r}, not of {name!r}; resume with the same method")
