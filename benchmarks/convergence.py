@@ -37,6 +37,14 @@ from examples.runtime import pick_device, process_group, quiet
 from examples.train_dlrm import Data, attach_slipstream, load_data, train
 from torchrec_slipstream import Placement
 
+# What leaves inputs out (``--drop-share`` of the main job), with and without updates of stale rows: ``--inputs`` and
+# ``--skip``.
+INPUT_PROVIDERS = {
+    "random_inputs": ("random", "off"),
+    "thinning": ("thinning", "off"),
+    "thinning_ours": ("thinning", "rows"),
+}
+
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
     parser = harness.make_parser("convergence", "AUC and log-loss lost to skipping updates, against blind controls.")
@@ -49,10 +57,11 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
 
 
 def train_with(arguments: Namespace, data: Data, provider: str, share: float) -> dict[str, Any]:
-    """One training with a provider, or with "none": what the main job returns of it."""
-    arguments = Namespace(**{**vars(arguments), "skip_share": share, "skip": "off" if provider == "none" else "rows"})
+    """One training with a provider, one of ``INPUT_PROVIDERS`` or "none": what the main job returns of it."""
+    inputs, skip = INPUT_PROVIDERS.get(provider, ("off", "off" if provider == "none" else "rows"))
+    arguments = Namespace(**{**vars(arguments), "skip_share": share, "skip": skip, "inputs": inputs})
     attach = attach_slipstream(arguments, data)
-    if provider != "none":
+    if provider in PROVIDERS:
 
         def attach(model: Any, steps: int, placement: Placement | None) -> Any:
             return attach_provider(provider, model, session_config(arguments, steps), arguments.seed)

@@ -26,7 +26,11 @@ STYLES = {
     **dict.fromkeys(("torchrec_uvm_caching_lfu", "uvm_caching_lfu", "lfu", "movement", "ours_movement"), (RED, "^")),
     **dict.fromkeys(("uvm_host_mapped", "xdl", "uniform"), (WINE, "X")),
     **dict.fromkeys(("dlrm_open_source", "static"), (GREY, "P")),
-    "random_lookups": (ORANGE, "v"),
+    **dict.fromkeys(("random_lookups", "random", "random_inputs"), (ORANGE, "v")),
+    # that choose inputs
+    **{"negatives": (GREEN, "s"), "slipstream": (RED, "^"), "slipstream_half": (WINE, "X"), "rarity": (SKY, "h")},
+    **{"slipstream_relative": (RED, "<"), "slipstream_per_table": (WINE, ">"), "surprise": (INDIGO, "p")},
+    **{"fae": (OLIVE, "P"), "hotline": (BLACK, "D"), "thinning": (GREEN, "s"), "thinning_ours": (INDIGO, "p")},
     # of the update filter alone, by what is left out
     **{"random rows": (BLUE, "o"), "most popular rows": (GREEN, "d"), "sampled, rare rows": (ORANGE, "v")},
     # the best there can be

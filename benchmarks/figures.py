@@ -26,6 +26,7 @@ from benchmarks.drawing import (
 )
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -64,19 +65,37 @@ def update_filter(records: Sequence[Record]) -> Figure:
 def convergence(records: Sequence[Record]) -> Figure:
     """Differences in AUC to nothing left out, with standard deviations over seeds, by share."""
     figure, (axes,) = panels(1, 1, 3.9)
-    names = providers(records)
-    for i, name in enumerate(names):
-        found = in_order((one for one in records if one.provider == name), "share")
-        x = [one.parameters["share"] + 0.008 * (i - (len(names) - 1) / 2) for one in found]
-        y = [one.quality["auc_delta"] for one in found]
-        axes.errorbar(x, y, [one.quality["auc_delta_sd"] for one in found], label=name, capsize=3, **style(name))
-    axes.axhline(0, color="0.5", linewidth=0.8)
+    _over_share(axes, records, "auc_delta")
     axes.set_xlabel("share of look-ups whose update is to be left out")
     axes.set_ylabel("AUC minus that of nothing left out")
     axes.set_title(f"mean and standard deviation of {records[0].parameters['seeds']} paired seeds")
-    axes.xaxis.set_major_formatter(percent())
     axes.legend(ncols=2)
     return figure
+
+
+def inputs(records: Sequence[Record]) -> Figure:
+    """Differences in AUC and log-loss to no input dropped, with standard deviations over seeds, by share."""
+    figure, (above, below) = panels(2, 1, 7.2, sharex=True)
+    _over_share(above, records, "auc_delta")
+    _over_share(below, records, "logloss_delta")
+    above.set_title(f"mean and standard deviation of {records[0].parameters['seeds']} paired seeds (AUC: up is better)")
+    above.set_ylabel("AUC minus that of all inputs")
+    below.set_ylabel("log-loss minus that of all inputs")
+    below.set_xlabel("share of inputs that is to be dropped")
+    legend_on_top(figure, above)
+    return figure
+
+
+def _over_share(axes: Axes, records: Sequence[Record], name: str) -> None:
+    """A quality with its standard deviation over the share, a line a provider, side by side."""
+    names = providers(records)
+    for i, provider in enumerate(names):
+        found = in_order((one for one in records if one.provider == provider), "share")
+        x = [one.parameters["share"] + 0.008 * (i - (len(names) - 1) / 2) for one in found]
+        y, spread = ([one.quality[key] for one in found] for key in (name, f"{name}_sd"))
+        axes.errorbar(x, y, spread, label=provider, capsize=3, **style(provider))
+    axes.axhline(0, color="0.5", linewidth=0.8)
+    axes.xaxis.set_major_formatter(percent())
 
 
 def throughput(records: Sequence[Record]) -> Figure:

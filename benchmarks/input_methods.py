@@ -24,7 +24,7 @@ from torch import nn
 from torchrec.datasets.utils import Batch
 
 from examples.samples import SPARSE_NAMES, Samples
-from torchrec_slipstream import InputReport, InputsConfig, Slipstream, SlipstreamConfig, StalenessConfig
+from torchrec_slipstream import AccessConfig, InputReport, InputsConfig, Slipstream, SlipstreamConfig, StalenessConfig
 from torchrec_slipstream.inputs.choice import Choice, OneLane
 from torchrec_slipstream.inputs.live import LiveInputs
 
@@ -166,7 +166,10 @@ class Method:
         candidates = {"rarity": Commonness, "surprise": Surprise}
         if name not in candidates:
             config = inputs_config(name, share, seed, steps)
-        self.session = Slipstream(model, SlipstreamConfig(staleness=StalenessConfig(target_share=0.0), inputs=config))
+        staleness, access = StalenessConfig(target_share=0.0), AccessConfig()
+        if name.startswith("slipstream"):
+            access = AccessConfig(counter="exact")  # its window is short, and an uncounted row cannot be stale
+        self.session = Slipstream(model, SlipstreamConfig(staleness=staleness, access=access, inputs=config))
         self._own: LiveInputs | None = None
         if name in candidates:
             selector = Scaled(candidates[name](train.table_rows), share, seed)

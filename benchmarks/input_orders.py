@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
+from torchrec import EmbeddingBagConfig
 from torchrec.datasets.utils import Batch
 
 from examples.model import table_configs
@@ -24,19 +24,39 @@ _PROFILED_SHARE = 0.05
 _HELD = 2048
 
 
+class HotRows:
+    """The rows that a budget holds of the most looked-up ones in the first batches.
+
+    Attributes:
+        profile: of those batches.
+        bytes: the budget.
+        sets: the rows.
+    """
+
+    def __init__(self, model: nn.Module, tables: Sequence[EmbeddingBagConfig], batches: Sequence[Batch]) -> None:
+        first = batches[: max(1, round(_PROFILED_SHARE * len(batches)))]
+        self.profile = AccessProfile.measure(first, tables)
+        self.bytes = self.profile.budget_bytes(_HOT_SHARE)
+        self.sets = hot_of_profile(model_tables(model), self.profile, self.bytes)
+
+
+def fae_config(hot: HotRows, window: int) -> InputsConfig:
+    """FAE in windows of so many batches; the paper's is an epoch."""
+    return InputsConfig(method="fae", window=window, hot_bytes=hot.bytes)
+
+
 class _Order:
     """A session that skips no update, and the hot rows."""
 
-    def __init__(self, model: nn.Module, data: Data, arguments: argparse.Namespace, inputs: InputsConfig) -> None:
+    def __init__(self, model: nn.Module, data: Data, arguments: argparse.Namespace) -> None:
         self._model, self._data = model, data
-        sample = data.train.slice(0, max(arguments.batch_size, int(_PROFILED_SHARE * len(data.train))))
-        tables = table_configs(data.train.table_rows, arguments.embedding_dim)
-        self._profile = AccessProfile.measure(batches(sample, arguments.batch_size), tables)
-        hot_bytes = self._profile.budget_bytes(_HOT_SHARE)
-        self._hot = hot_of_profile(model_tables(model), self._profile, hot_bytes)
+        order = list(batches(data.train, arguments.batch_size, seed=arguments.seed))
+        self._hot = HotRows(model, table_configs(data.train.table_rows, arguments.embedding_dim), order)
         staleness = StalenessConfig(target_share=0.0)
-        inputs = replace(inputs, hot_bytes=hot_bytes)
-        self.session = Slipstream(model, SlipstreamConfig(staleness=staleness, inputs=inputs))
+        self.session = Slipstream(model, SlipstreamConfig(staleness=staleness, inputs=self._inputs(len(order))))
+
+    def _inputs(self, window: int) -> InputsConfig:
+        return InputsConfig()
 
     def step(self) -> None:
         """A training step is over."""
@@ -45,7 +65,7 @@ class _Order:
     def hot_share(self) -> float:
         """Of the training inputs, those that look up nothing but hot rows."""
         hot = [
-            self._hot.samples([batch.sparse_features]).all_inside
+            self._hot.sets.samples([batch.sparse_features]).all_inside
             for batch in batches(self._data.train, 1024, shuffle=False, drop_last=False)
         ]
         return float(torch.cat(hot).double().mean())
@@ -54,19 +74,19 @@ class _Order:
 class Fae(_Order):
     """Pure hot and cold batches, a window of the whole epoch as in the paper, its shuffle scheduler."""
 
-    def __init__(self, model: nn.Module, data: Data, arguments: argparse.Namespace) -> None:
-        window = len(data.train) // arguments.batch_size
-        super().__init__(model, data, arguments, InputsConfig(method="fae", window=window))
-        self._held = data.train.slice(max(0, len(data.train) - _HELD), len(data.train))
+    def _inputs(self, window: int) -> InputsConfig:
+        return fae_config(self._hot, window)
 
     def inputs(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """An epoch's batches."""
-        return self.session.inputs(loader, profile=self._profile, test_loss=self._loss)
+        return self.session.inputs(loader, profile=self._hot.profile, test_loss=self._loss)
 
     def _loss(self) -> float:
+        train = self._data.train
+        held = train.slice(max(0, len(train) - _HELD), len(train))
         self._model.eval()
         with torch.no_grad():
-            loss = [float(self._model(batch)[0]) for batch in batches(self._held, 512, shuffle=False)]
+            loss = [float(self._model(batch)[0]) for batch in batches(held, len(held) // 4, shuffle=False)]
         self._model.train()
         return sum(loss) / len(loss)
 
@@ -75,8 +95,8 @@ class HotlineSteps(_Order):
     """A popular and a non-popular micro-batch, one step."""
 
     def __init__(self, model: nn.Module, data: Data, arguments: argparse.Namespace) -> None:
-        super().__init__(model, data, arguments, InputsConfig())
-        self._hotline = self.session.hotline(self._hot)
+        super().__init__(model, data, arguments)
+        self._hotline = self.session.hotline(self._hot.sets)
 
     def inputs(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """An epoch's batches, as they come."""

@@ -77,6 +77,7 @@ QUESTIONS = {
         along=("count_every",),
     ),
     "convergence": Question(figures.convergence, ("convergence",), axes=("share",)),
+    "inputs": Question(figures.inputs, ("inputs",), axes=("share",)),
     "throughput": Question(figures.throughput, ("throughput",), panels=("configuration",), along=_OF_CONFIGURATIONS),
     "time_to_auc": Question(figures.time_to_auc, ("time_to_auc",)),
     "hbm_budget": Question(

@@ -12,6 +12,8 @@
 ``random_lookups``          the control: half of the look-ups' updates left out blindly
 ``ours_hot_rows``           hot rows in an overlay, re-planned; nothing left out
 ``ours_all``                both
+``fae``                     pure hot and cold batches (arXiv 2103.00686), all tables where stock has them
+``hotline``                 a popular and a non-popular micro-batch a step (arXiv 2204.05436), likewise
 =========================== ==========================================================================================
 """
 
@@ -24,12 +26,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import CacheAlgorithm, EmbeddingLocation
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-    ComputeDevice,
-    SplitTableBatchedEmbeddingBagsCodegen,
-)
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import CacheAlgorithm
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.datasets.utils import Batch
@@ -41,16 +38,16 @@ from torchrec.distributed.types import CacheParams
 from torchrec.models.dlrm import DLRM, DLRMTrain
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from benchmarks.configurations import Configuration
 from benchmarks.controls import attach_provider
+from benchmarks.input_orders import HotRows, fae_config
+from benchmarks.outside import EPS, HostBags, SparseBags
 from benchmarks.sparse_rowwise import SparseRowWiseAdagrad
 from examples.train_dlrm import Session
-from torchrec_slipstream import AccessConfig, PlacementConfig, SlipstreamConfig, StalenessConfig
+from torchrec_slipstream import AccessConfig, PlacementConfig, Slipstream, SlipstreamConfig, StalenessConfig
 
 _DENSE_RATE = 0.02
-_EPS = 1e-8
 # Steps before updates are left out, and between two decisions: a benchmark is too short for the defaults.
 WARMUP_STEPS = 25
 HBM_BUDGET = 0.1
@@ -119,76 +116,6 @@ def _fill(weights: Tensor, seed: int) -> None:
         weights.copy_(drawn.mul_(2 * bound).sub_(bound))
 
 
-class _Bags(nn.Module):
-    """Tables outside TorchRec's sharding: a KJT in, a KeyedTensor out, as an EmbeddingBagCollection's."""
-
-    def __init__(self, tables: list[EmbeddingBagConfig]) -> None:
-        super().__init__()
-        self._tables = tables
-
-    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
-        return self._tables
-
-    def look_up(self, features: KeyedJaggedTensor) -> Tensor:
-        """``[samples, sum of dims]``."""
-        raise NotImplementedError
-
-    def place(self, batch: Batch, device: torch.device) -> Batch:
-        """The batch, where the model wants it."""
-        return batch.to(device)
-
-    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        dims = [table.embedding_dim for table in self._tables]
-        return KeyedTensor(features.keys(), dims, self.look_up(features))
-
-
-class SparseBags(_Bags):
-    """An ``nn.EmbeddingBag`` of sparse gradients for every table."""
-
-    def __init__(self, tables: list[EmbeddingBagConfig], device: torch.device, rate: float) -> None:
-        super().__init__(tables)  # the rate is the optimizer's, which is apart here
-        self.bags = nn.ModuleList(
-            nn.EmbeddingBag(t.num_embeddings, t.embedding_dim, mode="sum", sparse=True, device=device) for t in tables
-        )
-        for table, bag in zip(tables, self.bags, strict=True):
-            table.init_fn(bag.weight)
-
-    def look_up(self, features: KeyedJaggedTensor) -> Tensor:
-        values, offsets = features.values(), features.offsets().view(-1)
-        size = features.stride()
-        outputs = []
-        bounds = features.offset_per_key()
-        for i, bag in enumerate(self.bags):
-            of_bag = offsets[i * size : (i + 1) * size] - bounds[i]
-            outputs.append(bag(values[bounds[i] : bounds[i + 1]], of_bag))
-        return torch.cat(outputs, dim=1)
-
-
-class HostBags(_Bags):
-    """One TBE in host memory, looked up and updated by the CPU; only its output goes to the device."""
-
-    def __init__(self, tables: list[EmbeddingBagConfig], device: torch.device, rate: float) -> None:
-        super().__init__(tables)
-        self._device = device
-        self.tbe = SplitTableBatchedEmbeddingBagsCodegen(
-            [(t.num_embeddings, t.embedding_dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for t in tables],
-            optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-            learning_rate=rate,
-            eps=_EPS,
-            device=torch.device("cpu"),
-        )
-        for table, weights in zip(tables, self.tbe.split_embedding_weights(), strict=True):
-            table.init_fn(weights)
-
-    def look_up(self, features: KeyedJaggedTensor) -> Tensor:
-        output: Tensor = self.tbe(features.values().long(), features.offsets().long())
-        return output.to(self._device)
-
-    def place(self, batch: Batch, device: torch.device) -> Batch:
-        """Ids stay on the host: they would have to come back."""
-        return Batch(batch.dense_features.to(device), batch.sparse_features, batch.labels.to(device))
-
-
 def build(name: str, setting: Setting) -> Provider:
     """The provider of that name. Needs a default process group.
 
@@ -199,6 +126,8 @@ def build(name: str, setting: Setting) -> Provider:
         raise ValueError(f"{name} cannot run here: {reason}")
     if name in _OUTSIDE:
         return _outside(_OUTSIDE[name](setting.tables(), setting.device, setting.configuration.table_rate), setting)
+    if name in _OF_PAPERS:
+        return _OF_PAPERS[name](setting)
     kernel = _KERNELS.get(name, _Kernel())
     if name in _WITH_HOT_ROWS and setting.device.type != "cpu":
         kernel = _Kernel("fused_uvm")  # of which the overlay takes the hot rows; a CPU's tables are all in host memory
@@ -208,8 +137,6 @@ def build(name: str, setting: Setting) -> Provider:
 
 def not_run(name: str, device: str) -> str | None:
     """Why a provider cannot run on a ``device``; None if it can."""
-    if name in _TO_COME:
-        return "the method is not in this package yet (inputs/)"
     if name not in NAMES:
         raise ValueError(f"{name!r} is no provider; give some of {', '.join(NAMES)}")
     if device == "cpu" and _KERNELS.get(name, _Kernel()).kernel != "fused":
@@ -223,7 +150,7 @@ def _outside(embeddings: SparseBags | HostBags, setting: Setting) -> Provider:
     known = {id(one) for one in sparse} | {id(one) for one in embeddings.parameters()}
     optimizers: list[torch.optim.Optimizer] = [_dense_optimizer([p for p in model.parameters() if id(p) not in known])]
     if sparse:
-        optimizers.append(SparseRowWiseAdagrad(sparse, lr=setting.configuration.table_rate, eps=_EPS))
+        optimizers.append(SparseRowWiseAdagrad(sparse, lr=setting.configuration.table_rate, eps=EPS))
     stream = setting.stream()
 
     def step() -> None:
@@ -244,10 +171,19 @@ def _torchrec(
     session_of: Callable[[Configuration], SlipstreamConfig] | None,
     control: str | None,
 ) -> Provider:
+    sharded, optimizer = _sharded(setting, kernel)
+    session = None
+    if session_of is not None:
+        session = attach_provider(control or "ours", sharded, session_of(setting.configuration), setting.seed)
+    return _pipelined(setting, sharded, optimizer, setting.stream(), session)
+
+
+def _sharded(setting: Setting, kernel: _Kernel) -> tuple[DistributedModelParallel, torch.optim.Optimizer]:
+    """The model under TorchRec, and the dense part's optimizer; the tables' own is fused into the backward."""
     tables = setting.tables()
     model = setting.model(EmbeddingBagCollection(tables=tables, device=torch.device("meta")))
     apply_optimizer_in_backward(
-        RowWiseAdagrad, model.model.sparse_arch.parameters(), {"lr": setting.configuration.table_rate, "eps": _EPS}
+        RowWiseAdagrad, model.model.sparse_arch.parameters(), {"lr": setting.configuration.table_rate, "eps": EPS}
     )
     constraint = ParameterConstraints(
         sharding_types=["table_wise"], compute_kernels=[kernel.kernel], cache_params=kernel.cache_params()
@@ -261,13 +197,17 @@ def _torchrec(
     sharders = [EmbeddingBagCollectionSharder()]
     plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
     sharded = DistributedModelParallel(module=model, device=setting.device, plan=plan, sharders=sharders)
-    # The tables' own optimizer is fused into the backward.
-    optimizer = _dense_optimizer([p for name, p in sharded.named_parameters() if "embedding_bag" not in name])
-    session = None
-    if session_of is not None:
-        session = attach_provider(control or "ours", sharded, session_of(setting.configuration), setting.seed)
+    return sharded, _dense_optimizer([p for name, p in sharded.named_parameters() if "embedding_bag" not in name])
+
+
+def _pipelined(
+    setting: Setting,
+    sharded: DistributedModelParallel,
+    optimizer: torch.optim.Optimizer,
+    stream: Iterator[Batch],
+    session: Session | None,
+) -> Provider:
     pipeline = TrainPipelineSparseDist(sharded, optimizer, setting.device)
-    stream = setting.stream()
 
     def step() -> None:
         pipeline.progress(stream)
@@ -277,8 +217,36 @@ def _torchrec(
     return Provider(step, lambda batch: _predict(pipeline.detach(), batch.to(setting.device)), session)
 
 
+def _fae(setting: Setting) -> Provider:
+    """All batches of the run sorted into pure hot and cold ones; the tables where stock has them: the order is all."""
+    sharded, optimizer = _sharded(setting, _Kernel())
+    hot = HotRows(sharded, setting.tables(), setting.batches)
+    inputs = fae_config(hot, window=len(setting.batches))
+    session = Slipstream(sharded, SlipstreamConfig(staleness=StalenessConfig(target_share=0.0), inputs=inputs))
+    stream = itertools.chain.from_iterable(
+        session.inputs(setting.batches, profile=hot.profile) for _ in itertools.count()
+    )
+    return _pipelined(setting, sharded, optimizer, stream, session)
+
+
+def _hotline(setting: Setting) -> Provider:
+    """Two micro-batches a step; no pipeline, as Hotline runs forward and backward itself."""
+    sharded, optimizer = _sharded(setting, _Kernel())
+    session = Slipstream(sharded, SlipstreamConfig(staleness=StalenessConfig(target_share=0.0)))
+    hotline = session.hotline(HotRows(sharded, setting.tables(), setting.batches).sets)
+    stream = setting.stream()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        hotline.backward(next(stream).to(setting.device), lambda part: sharded(part)[0])
+        optimizer.step()
+        session.step()
+
+    return Provider(step, lambda batch: _predict(sharded, batch.to(setting.device)), session)
+
+
 def _dense_optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.Adagrad(parameters, lr=_DENSE_RATE, eps=_EPS)
+    return torch.optim.Adagrad(parameters, lr=_DENSE_RATE, eps=EPS)
 
 
 def _predict(model: nn.Module, batch: Batch) -> Tensor:
@@ -338,6 +306,6 @@ _SESSIONS: dict[str, Callable[[Configuration], SlipstreamConfig]] = {
 }
 _CONTROLS = ("random_lookups",)
 _WITH_HOT_ROWS = ("ours_hot_rows", "ours_all")
-# What schedules inputs joins with the room inputs/: FAE, Hotline, and Slipstream as its artefact has it.
-_TO_COME = ("fae", "hotline", "slipstream_artefact")
-NAMES = (*_OUTSIDE, "torchrec_fused", *_KERNELS, *_SESSIONS, *_TO_COME)
+# That drop no input; benchmarks.inputs has those that do, whose steps are fewer and not shorter.
+_OF_PAPERS: dict[str, Callable[[Setting], Provider]] = {"fae": _fae, "hotline": _hotline}
+NAMES = (*_OUTSIDE, "torchrec_fused", *_KERNELS, *_SESSIONS, *_OF_PAPERS)

@@ -3,7 +3,8 @@
     python -m benchmarks.time_to_auc --data day_0.parquet --json
 
 Trains examples/train_dlrm.py's model with nothing left out (``none``: stock TorchRec) and with the providers of
-``benchmarks.convergence``, tested at ``--evaluations`` moments. The target is, for each seed, what stock reaches at the
+``benchmarks.convergence`` and those that leave inputs out (``random_inputs`` is the control, ``thinning_ours`` leaves
+updates out as well), tested at ``--evaluations`` moments. The target is, for each seed, what stock reaches at the
 end of its run less ``--below``; a run's time to it is that of its training steps (tests are not counted), between two
 tests by a straight line. The JSON, by provider (the CSV's percentiles are of whole runs, as some never get there):
 
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from benchmarks import harness
 from benchmarks.controls import PROVIDERS
-from benchmarks.convergence import train_with
+from benchmarks.convergence import INPUT_PROVIDERS, train_with
 from benchmarks.harness import Row, Timing
 from examples.arguments import parse_arguments as job_arguments
 from examples.arguments import share
@@ -122,7 +123,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--share", type=share, default=0.5, help="of look-ups, to be left out")
     parser.add_argument("--below", type=share, default=0.001, help="the target is stock's last AUC less this")
     parser.add_argument("--evaluations", type=int, default=12, help="tests in a run")
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=["ours", "ours_tail", "random_lookups"])
+    known = [*PROVIDERS, *INPUT_PROVIDERS]
+    parser.add_argument("--providers", nargs="+", choices=known, default=["ours", "random_lookups", *INPUT_PROVIDERS])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--job", nargs=argparse.REMAINDER, default=[], help="the rest is for examples/train_dlrm.py")
     args = parser.parse_args(argv)

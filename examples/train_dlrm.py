@@ -174,7 +174,7 @@ def train(args: Namespace, data: Data | None = None, attach: Attach | None = Non
         # What makes this a run's record, of which `slipstream report` makes a page.
         "format": FORMAT,
         "version": VERSION,
-        "name": f"skip {args.skip}",
+        "name": f"skip {args.skip}" + (f", inputs {args.inputs}" if args.inputs != "off" else ""),
         "versions": versions(device),
         "skip": args.skip,
         "inputs": args.inputs,

@@ -129,6 +129,8 @@ def toy(tmp_path: Path) -> Path:
             rows.append(row("hbm_budget", name, 1.0, found, hit_rate=0.5, floor_ms=0.7 if budget else None))
         runs = [{"share": share, "seeds": 2} for share in (0.3, 0.5)]
         rows += [row("convergence", name, 0.0, found, auc_delta=0.1, auc_delta_sd=0.1) for found in runs]
+        losses = {"logloss_delta": 0.1, "logloss_delta_sd": 0.1}
+        rows += [row("inputs", name, 0.0, found, auc_delta=0.1, auc_delta_sd=0.1, **losses) for found in runs]
         configurations = [{"configuration": one} for one in ("kaggle", "avazu")]
         rows += [row("throughput", name, 1.0, found, speedup=1.5, auc=0.7) for found in configurations]
         curves = [[[1.0, 0.6], [2.0, 0.7]], [[1.1, 0.65], [2.0, 0.72]]]

@@ -16,7 +16,8 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import Tensor, nn
 
 from benchmarks.configurations import Configuration, make_batches
-from benchmarks.providers import NAMES, WARMUP_STEPS, HostBags, Setting, build, not_run
+from benchmarks.outside import HostBags
+from benchmarks.providers import NAMES, WARMUP_STEPS, Setting, build, not_run
 from benchmarks.sparse_rowwise import SparseRowWiseAdagrad
 from examples.runtime import process_group, quiet
 from torchrec_slipstream import Report
@@ -94,6 +95,23 @@ def test_ours_leaves_updates_out_and_nothing_before_its_warm_up(name: str) -> No
         placement_of(report)
 
 
+def test_hotline_trains_to_stocks_predictions() -> None:
+    found, report = trained("hotline", 12)
+    torch.testing.assert_close(found, trained("torchrec_fused", 12)[0], rtol=1e-4, atol=1e-5)
+    assert report is not None
+    assert report.total.lookups == 12 * TOY.batch * TOY.lookups * len(TOY.table_rows), "each look-up counts once"
+
+
+def test_fae_trains_on_the_same_samples_in_another_order() -> None:
+    found, report = trained("fae", 12)
+    stock, _ = trained("torchrec_fused", 12)
+    assert 1e-4 < float((found - stock).abs().max()) < 1.0
+    assert report is not None
+    assert report.inputs is not None
+    # The pipeline has read on into a second pass.
+    assert (report.inputs.read, report.inputs.dropped) == (2 * 12 * TOY.batch, 0)
+
+
 def test_weights_and_batches_are_the_seeds() -> None:
     batches, test = make_batches(TOY, 1, 64)
     first, again, other = (build("xdl", Setting(TOY, batches, seed, CPU)).predict(test) for seed in (0, 0, 1))
@@ -124,17 +142,14 @@ def test_what_cannot_run_says_so() -> None:
     setting = Setting(TOY, [], 0, CPU)
     with pytest.raises(ValueError, match=r"'shotline' is no provider; give some of dlrm_open_source, xdl"):
         build("shotline", setting)
-    for name in ("fae", "hotline", "slipstream_artefact"):
-        with pytest.raises(ValueError, match=f"{name} cannot run here: the method is not in this package yet"):
-            build(name, setting)
     for name in ("torchrec_uvm", "torchrec_uvm_caching_lru", "torchrec_uvm_caching_lfu"):
         with pytest.raises(ValueError, match=f"{name} cannot run here: .* need a CUDA device"):
             build(name, setting)
     assert [name for name in NAMES if not_run(name, "cpu") is None] == [
         *("dlrm_open_source", "xdl", "torchrec_fused"),
-        *("ours_counting", "ours", "ours_tail", "random_lookups", "ours_hot_rows", "ours_all"),
+        *("ours_counting", "ours", "ours_tail", "random_lookups", "ours_hot_rows", "ours_all", "fae", "hotline"),
     ]
-    assert [name for name in NAMES if not_run(name, "cuda")] == ["fae", "hotline", "slipstream_artefact"]
+    assert not [name for name in NAMES if not_run(name, "cuda")]
 
 
 def test_sparse_rowwise_adagrad_is_fbgemms() -> None:

@@ -143,6 +143,50 @@ def test_skipping_writes_its_report(tmp_path: Path) -> None:
     assert str(Report.from_dict(slipstream)) in show({"rows": result})
 
 
+@pytest.mark.parametrize("method", ["random", "negatives", "thinning", "slipstream"])
+def test_inputs_are_dropped_and_the_rest_is_trained_on(method: str, tmp_path: Path) -> None:
+    out = tmp_path / "run.json"
+    words = ["--inputs", method, "--drop-share", "0.4", "--skip", "off", "--interval", "8", "--json", str(out)]
+    main(quick("--samples", "8000", "--epochs", "2", *words))
+    result = json.loads(out.read_text())
+    inputs = result["slipstream"]["inputs"]
+    assert (result["inputs"], inputs["method"], inputs["epochs"]) == (method, method, 2)
+    assert inputs["read"] == 2 * 6400
+    if method != "slipstream":  # of whose inputs few have nothing but stale rows
+        assert inputs["dropped_share"] == pytest.approx(0.4, abs=0.03)
+    assert inputs["used"] == 2 * 6400 - inputs["dropped"]
+    # An epoch's rest is a shorter batch.
+    assert result["steps"] == pytest.approx(inputs["used"] / 50, abs=1.01)
+    assert result["history"][-1] == {"step": result["steps"], "samples_seen": result["steps"] * 50, **result["test"]}
+    assert (inputs["logit_shift"] < -0.4) == (method == "thinning")
+    assert result["test"]["samples"] == 1600
+
+
+def test_dropped_negatives_leave_the_predictions_right() -> None:
+    """The mean prediction after thinning half of the inputs is the clicks' share, not twice as much."""
+    with process_group(CPU):
+        arguments = quick("--samples", "20000", "--inputs", "thinning", "--drop-share", "0.5")
+        thinned, whole = train(parse_arguments(arguments)), train(parse_arguments(quick("--samples", "20000")))
+    assert thinned["steps"] == pytest.approx(0.5 * whole["steps"], rel=0.02)
+    # In units of the entropy of the clicks' share; 0.4 too many log-odds would cost 0.03.
+    assert thinned["test"]["normalized_entropy"] == pytest.approx(whole["test"]["normalized_entropy"], abs=0.02)
+
+
+@pytest.mark.slow
+def test_two_ranks_drop_inputs_in_lockstep(tmp_path: Path) -> None:
+    out = tmp_path / "two.json"
+    arguments = [*SMALL, "--samples", "12000", "--batch-size", "32", "--inputs", "thinning", "--skip", "rows"]
+    done = run([*arguments, "--json", str(out)], ranks=2, module=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    inputs = result["slipstream"]["inputs"]
+    assert inputs["read"] == 9600 == inputs["used"] + inputs["dropped"] + inputs["left_over"]
+    assert inputs["left_over"] < 2
+    assert inputs["dropped_share"] == pytest.approx(0.3, abs=0.03)
+    assert result["slipstream"]["skipped_share"] > 0.1
+    assert 0.6 < result["test"]["auc"]
+
+
 def test_parts_of_a_step_sum_to_the_whole() -> None:
     with process_group(CPU):
         args = parse_arguments(quick("--skip", "rows", "--warmup-steps", "6", "--interval", "3"))
@@ -265,6 +309,7 @@ def test_bad_staleness_ends_the_run_before_data_are_loaded(
         (["--learning-rate", "nan"], "--learning-rate: is nan; give a number above 0"),
         (["--dense-mlp", "8,0"], "--dense-mlp: is 8,0; give widths of 1 or more"),
         (["--skip", "nothing"], "invalid choice: 'nothing'"),
+        (["--inputs", "fae"], "invalid choice: 'fae'"),  # which needs to know what is hot
     ],
 )
 def test_bad_arguments_are_named(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
