@@ -19,11 +19,12 @@
 #   rowwise       150 s  20 GB in HBM, 2 x 20 GB managed, 20 GB host-mapped: 25 to 60 s; then 6 groups of providers a
 #                        budget, 3 s of steps and about 1.5 s of warming each: 30 s a budget, 10% first
 #   adam          100 s  10 GB of weights, 31 GB with state, three times, two of them managed: 15 to 50 s; 25 s a budget
-#   tests          70 s  about 300 small tests, in 6 processes where pytest-xdist is there
+#   tests          80 s  about 550 small tests, in 6 processes where pytest-xdist is there
 #   prefetch       50 s  20 GB managed, twice; 6 points of 7 rounds x 2 x 16 steps of 5 to 30 ms
 #   sgd            35 s  as rowwise, 10% only, fewer providers
 #   update_filter  30 s
 #   throughput     45 s  whole DLRMs, TorchRec's UVM and cache among them; half of it is making batches on the host
+#   inputs         40 s  10 trainings of 125 steps, for their times: too short for AUC to say much
 #   profiler       25 s
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -102,6 +103,10 @@ if [ "$device" = cuda ]; then
         bench throughput --configurations kaggle embedding_bound --max-rows 1000000 --batch 8192 --rounds 15 \
             --warmup 52 --test 16384
     }
+    inputs() {
+        bench inputs --samples 160000 --rows-per-table 1000000 --batch-size 1024 --seeds 2 --share 0.3 \
+            --methods negatives ours slipstream_half --orders hotline
+    }
     profiler() { bench profiler --rounds 96 --steps 64; }
 else
     toy=(--tables 3 --rows 3000 --dim 16 --batch 3000 --profile 8 --seconds 0.1 --rounds 2 --most-rounds 2 --steps 2)
@@ -117,10 +122,15 @@ else
     throughput() {
         bench throughput --configurations kaggle --max-rows 300 --batch 64 --rounds 2 --warmup 2 --test 256
     }
+    inputs() {
+        bench inputs --samples 2000 --rows-per-table 100 --batch-size 64 --seeds 1 --share 0.3 \
+            --methods ours --orders hotline
+    }
     profiler() { bench profiler "${small[@]}" --steps 8; }
 fi
 
-parts=(smoke:30 floor:40 rowwise:150 adam:100 tests:70 prefetch:50 sgd:35 update_filter:30 throughput:45 profiler:25)
+parts=(smoke:30 floor:40 rowwise:150 adam:100 tests:80 prefetch:50 sgd:35 update_filter:30 throughput:45 inputs:45
+    profiler:25)
 # On a CPU all parts are imports, and little else.
 [ "$device" = cpu ] && parts=("${parts[@]/%:*/:1}")
 began=$SECONDS

@@ -24,7 +24,15 @@ from torch import nn
 from torchrec.datasets.utils import Batch
 
 from examples.samples import SPARSE_NAMES, Samples
-from torchrec_slipstream import AccessConfig, InputReport, InputsConfig, Slipstream, SlipstreamConfig, StalenessConfig
+from torchrec_slipstream import (
+    AccessConfig,
+    InputReport,
+    InputsConfig,
+    Slipstream,
+    SlipstreamConfig,
+    SlipstreamInputs,
+    StalenessConfig,
+)
 from torchrec_slipstream.inputs.choice import Choice, OneLane
 from torchrec_slipstream.inputs.live import LiveInputs
 
@@ -59,15 +67,17 @@ def inputs_config(method: str, share: float, seed: int, steps: int) -> InputsCon
         method="slipstream",
         drop_share=min(0.95, share * steps / (steps - start - window)),
         seed=seed,
-        start=start,
-        snapshot_steps=window,
-        search_window=0.02,
-        sample_share=0.2,
-        min_touches=1,
-        max_threshold=None,
-        stale_lookups=None if method == "slipstream" else len(SPARSE_NAMES) // 2,
-        movement="relative" if method == "slipstream_relative" else "plain",
-        per_table=method == "slipstream_per_table",
+        slipstream=SlipstreamInputs(
+            start=start,
+            snapshot_steps=window,
+            search_window=0.02,
+            sample_share=0.2,
+            min_touches=1,
+            max_threshold=None,
+            stale_lookups=None if method == "slipstream" else len(SPARSE_NAMES) // 2,
+            movement="relative" if method == "slipstream_relative" else "plain",
+            per_table=method == "slipstream_per_table",
+        ),
     )
 
 
@@ -173,7 +183,7 @@ class Method:
         self._own: LiveInputs | None = None
         if name in candidates:
             selector = Scaled(candidates[name](train.table_rows), share, seed)
-            self._own = LiveInputs(InputsConfig(method="random"), None, lambda: (selector, OneLane()))
+            self._own = LiveInputs(InputsConfig(method="random"), None, lambda _: (selector, OneLane()))
 
     def inputs(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """An epoch's batches."""

@@ -13,7 +13,7 @@ from torchrec.datasets.utils import Batch
 from examples.model import table_configs
 from examples.samples import batches
 from examples.train_dlrm import Data
-from torchrec_slipstream import AccessProfile, InputsConfig, Slipstream, SlipstreamConfig, StalenessConfig
+from torchrec_slipstream import AccessProfile, FaeInputs, InputsConfig, Slipstream, SlipstreamConfig, StalenessConfig
 from torchrec_slipstream.inputs.hot import hot_of_profile
 from torchrec_slipstream.tbe.features import model_tables
 
@@ -42,7 +42,7 @@ class HotRows:
 
 def fae_config(hot: HotRows, window: int) -> InputsConfig:
     """FAE in windows of so many batches; the paper's is an epoch."""
-    return InputsConfig(method="fae", window=window, hot_bytes=hot.bytes)
+    return InputsConfig(method="fae", fae=FaeInputs(window=window, hot_bytes=hot.bytes))
 
 
 class _Order:
@@ -84,9 +84,10 @@ class Fae(_Order):
     def _loss(self) -> float:
         train = self._data.train
         held = train.slice(max(0, len(train) - _HELD), len(train))
+        device = next(self._model.parameters()).device
         self._model.eval()
         with torch.no_grad():
-            loss = [float(self._model(batch)[0]) for batch in batches(held, len(held) // 4, shuffle=False)]
+            loss = [float(self._model(batch.to(device))[0]) for batch in batches(held, len(held) // 4, shuffle=False)]
         self._model.train()
         return sum(loss) / len(loss)
 

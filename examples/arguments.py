@@ -14,6 +14,7 @@ from torchrec_slipstream import (
     InputsConfig,
     PlacementConfig,
     SlipstreamConfig,
+    SlipstreamInputs,
     StalenessConfig,
 )
 from torchrec_slipstream.budget import parse_bytes
@@ -108,8 +109,7 @@ def session_config(args: argparse.Namespace, steps: int, hbm_budget: int | None 
             method=args.inputs,
             drop_share=args.drop_share,
             seed=args.seed,
-            start=staleness.warmup_steps,
-            snapshot_steps=args.interval,
+            slipstream=SlipstreamInputs(start=staleness.warmup_steps, snapshot_steps=args.interval),
         ),
     )
 

@@ -10,9 +10,11 @@ try:
     from torchrec_slipstream.access import AccessProfile, TableAccess
     from torchrec_slipstream.config import (
         AccessConfig,
+        FaeInputs,
         InputsConfig,
         PlacementConfig,
         SlipstreamConfig,
+        SlipstreamInputs,
         StalenessConfig,
     )
     from torchrec_slipstream.errors import (
@@ -25,7 +27,7 @@ try:
         SlipstreamError,
         StateError,
     )
-    from torchrec_slipstream.inputs.batches import WeightedBatch
+    from torchrec_slipstream.inputs import WeightedBatch
     from torchrec_slipstream.placement import Placement, SlipstreamPlanner, SlipstreamStats
     from torchrec_slipstream.report.inputs import InputReport
     from torchrec_slipstream.report.placement import PlacementReport
@@ -41,6 +43,7 @@ __all__ = [
     "AccessProfile",
     "AttachError",
     "ConfigError",
+    "FaeInputs",
     "InputError",
     "InputReport",
     "InputsConfig",
@@ -54,6 +57,7 @@ __all__ = [
     "Slipstream",
     "SlipstreamConfig",
     "SlipstreamError",
+    "SlipstreamInputs",
     "SlipstreamPlanner",
     "SlipstreamStats",
     "StalenessConfig",

@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
-from functools import partial, reduce
-from typing import Any, Protocol, overload
+from functools import partial
+from typing import Any, overload
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DMPCollection
 
 from torchrec_slipstream.access import AccessProfile
 from torchrec_slipstream.access.live import LiveCounts, has_row_counts
-from torchrec_slipstream.access.merging import Ranks
 from torchrec_slipstream.config import SlipstreamConfig
 from torchrec_slipstream.errors import AttachError, StateError
 from torchrec_slipstream.inputs.hotline import Hotline
 from torchrec_slipstream.inputs.live import LiveInputs
 from torchrec_slipstream.inputs.methods import Surroundings, make
-from torchrec_slipstream.inputs.rows import Ranks as AgreeingRanks
 from torchrec_slipstream.inputs.rows import RowSets
 from torchrec_slipstream.placement import Placement
 from torchrec_slipstream.placement.attaching import attach_hot_rows
 from torchrec_slipstream.placement.hot_rows import HotRows
-from torchrec_slipstream.placement.slots import planned_overlay_bytes
-from torchrec_slipstream.report.inputs import InputReport
-from torchrec_slipstream.report.octaves import Octaves
-from torchrec_slipstream.report.placement import HitPoint, PlacementReport, Replan, TableHits
-from torchrec_slipstream.report.report import Report, TableReport
+from torchrec_slipstream.ranks import Ranks
+from torchrec_slipstream.report.report import Report
+from torchrec_slipstream.session_report import ScalarWriter, report_of, write_scalars
 from torchrec_slipstream.staleness.tracker import StalenessTracker
 from torchrec_slipstream.tbe import UpdateFilter, find_tbes, process_group_of
 
 STATE_VERSION = 4
-
-
-class ScalarWriter(Protocol):
-    """What of TensorBoard's ``SummaryWriter`` is used."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object: ...
 
 
 class Slipstream:
@@ -102,36 +89,36 @@ class Slipstream:
             sketch_tables=frozenset(access.sketch_tables),
             skips=staleness.target_share > 0.0,
         )
-        self._group = process_group if process_group is not None else process_group_of(model)
-        rank = dist.get_rank(self._group) if self._group is not None else 0
+        group = process_group if process_group is not None else process_group_of(model)
+        self._ranks = ranks = Ranks.of(group)
         self._filters = [
             UpdateFilter(one.counting(lambda shard: has_row_counts(shard, access)), fades=access.half_life is not None)
             for one in found
         ]
-        # Not a method of ours: a session that nobody has any more shall go at once, with its fast memory.
-        total = partial(_sum_over, self._group)
+        # None of these has a method of ours: a session that nobody has any more shall go at once, with its fast memory.
         self._counts = LiveCounts(self._filters, access)
-        self._tracker = StalenessTracker(self._filters, staleness, total, self._group_device(), scale=access.scale)
+        self._tracker = StalenessTracker(self._filters, staleness, ranks.total, ranks.device, scale=access.scale)
         hot_rows = partial(
             HotRows,
             self._filters,
             self.config.placement,
             placement,
-            rank=rank,
+            rank=ranks.mine,
             counted=self._counts.counted_steps,
-            total=total,
-            group_device=self._group_device(),
+            total=ranks.total,
+            group_device=ranks.device,
         )
-        self._hot = attach_hot_rows(hot_rows, total, self._group_device(), collective=wants_hot_rows)
+        self._hot = hot = attach_hot_rows(hot_rows, ranks.total, ranks.device, collective=wants_hot_rows)
         self._around = Surroundings(
             model,
             self._filters,
-            AgreeingRanks(self._group, self._group_device()),
+            ranks,
             placement,
-            access.scale,
-            partial(self._counts.profile, Ranks(self._group, self._group_device())),
+            moves=partial(_moves, hot) if wants_hot_rows and self.config.placement.replan_every else None,
+            scale=access.scale,
+            profile=partial(self._counts.profile, ranks),
         )
-        self._inputs = LiveInputs(self.config.inputs, self._group, partial(make, self.config.inputs, self._around))
+        self._inputs = LiveInputs(self.config.inputs, group, partial(make, self.config.inputs, self._around))
         self._writer = writer
         self._began, self._first_step = time.perf_counter(), 0
         self._attached = True
@@ -151,7 +138,8 @@ class Slipstream:
         Args:
             loader: of this rank's TorchRec ``Batch``es (or dataclasses of tensors and KJTs, :mod:`.inputs.batches`), of
                 any length, the same on resuming: one without a ``state_dict`` of its own is read on to where it was.
-            things: what the method needs besides, in the first call; see ``InputsConfig.method``.
+            things: what the method takes besides, in the first call: "slipstream" an access ``profile``, "fae" one too,
+                its ``calibration`` and a ``test_loss``; see :class:`SlipstreamInputs` and :class:`FaeInputs`.
 
         Raises:
             AttachError: the session was detached.
@@ -200,7 +188,7 @@ class Slipstream:
         self._hot.step(steps)
         self._inputs.step(steps)
         if self._writer is not None and steps % self.config.placement.record_every == 0:
-            self._write_scalars(self._writer, steps)
+            write_scalars(self._writer, self._filters, self._hot, steps)
 
     def detach(self) -> None:
         """Make the model stock again: every row is where it was, and from the next forward on updated.
@@ -221,85 +209,17 @@ class Slipstream:
         self._inputs.detach()
         self._attached = False
 
-    def _write_scalars(self, writer: ScalarWriter, steps: int) -> None:
-        lookups = sum(int(one.lookups.sum()) for one in self._filters)
-        skipped = sum(int(one.skipped.sum()) for one in self._filters)
-        writer.add_scalar("slipstream/skipped_share", skipped / max(1, lookups), steps)
-        if (rate := self._hot.last_hit_rate()) is not None:
-            writer.add_scalar("slipstream/hit_rate", rate[1], rate[0])
-        moved = sum(one.demoted + one.promoted for one in self._hot.replans)
-        writer.add_scalar("slipstream/moved_rows", moved, steps)
-        writer.add_scalar("slipstream/stall_seconds", sum(one.seconds for one in self._hot.replans), steps)
-
     def report(self) -> Report:
         """What happened so far, over all ranks (a collective call: every rank must make it)."""
-        tracker = self._tracker
-        tables: dict[str, TableReport] = {}
-        for one in self._filters:
-            lookups, skipped = one.lookups.tolist(), one.skipped.tolist()
-            stale = (one.patterns != 255).cpu()
-            for i, shard in enumerate(one.shards):
-                features = [f for f, table in enumerate(one.feature_table) if table == i]
-                touched = int((one.touches[shard.slots] > 0).sum()) if shard.counted else 0
-                if i in one.sketches:
-                    touched = len(one.sketches[i].items()[0])
-                mine = TableReport(
-                    rows=shard.rows,
-                    stale_rows=int(stale[shard.slots].sum()),
-                    touched_rows=touched,
-                    lookups=sum(lookups[f] for f in features),
-                    skipped=sum(skipped[f] for f in features),
-                )
-                name = shard.fqn
-                tables[name] = tables[name] + mine if name in tables else mine
-        tables = self._sum_tables(tables)
-        elapsed = time.perf_counter() - self._began
-        return Report(
-            tables=dict(sorted(tables.items())),
-            steps=tracker.steps,
-            seconds=elapsed,
-            tracker_seconds=tracker.seconds,
-            target_share=self.config.staleness.target_share,
-            decisions=list(tracker.decisions),
-            placement=self._placement_report(elapsed),
-            config=json.loads(json.dumps(asdict(self.config))),  # tuples as lists: what a file gives back is the same
-            spread=self._spread(),
-            inputs=self._input_report(),
-        )
-
-    def _input_report(self) -> InputReport | None:
-        mine = self._inputs.report()
-        return reduce(InputReport.__add__, self._gather(mine)) if mine is not None else None
-
-    def _spread(self) -> dict[str, Octaves]:
-        found: dict[str, Octaves] = {}
-        for part in self._gather(self._tracker.spread()):
-            for of_tbe in part:
-                for name, mine in of_tbe.items():
-                    found[name] = found.get(name, Octaves()) + mine
-        return found
-
-    def _placement_report(self, elapsed: float) -> PlacementReport | None:
-        hot = self._hot
-        mine = (hot.tables(), hot.points(), hot.replans, hot.hbm_bytes)
-        parts = self._gather(mine)
-        if not any(held for *_, held in parts):
-            return None
-        tables: dict[str, TableHits] = {}
-        for part, *_ in parts:
-            for name, table in part.items():
-                tables[name] = tables[name] + table if name in tables else table
-        planned = hot.placement
-        return PlacementReport(
-            tables=dict(sorted(tables.items())),
-            points=[reduce(HitPoint.__add__, same) for same in zip(*(points for _, points, *_ in parts), strict=True)],
-            replans=[reduce(Replan.__add__, same) for same in zip(*(plans for _, _, plans, _ in parts), strict=True)],
-            hbm_bytes=sum(held for *_, held in parts),
-            predicted_bytes=planned_overlay_bytes(planned) if planned is not None else None,
-            predicted_hit_rate=planned.hit_rate if planned is not None else None,
-            predicted_ms=planned.expected_ms if planned is not None else None,
-            step_ms=1e3 * elapsed / max(1, self._tracker.steps - self._first_step),
-            seconds=elapsed,
+        return report_of(
+            self.config,
+            self._around.model,
+            self._filters,
+            self._tracker,
+            self._hot,
+            self._inputs,
+            self._ranks,
+            seconds=time.perf_counter() - self._began,
             first_step=self._first_step,
         )
 
@@ -323,7 +243,7 @@ class Slipstream:
         Raises:
             ProfileError: nothing is counted, or the group has no rank ``dst``.
         """
-        return self._counts.profile(Ranks(self._group, self._group_device()), dst)
+        return self._counts.profile(self._ranks, dst)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the model and its optimizers. Tensors only of this rank's shards.
@@ -369,30 +289,7 @@ class Slipstream:
         self._inputs.load_state_dict(state["inputs"])
         self._began, self._first_step = time.perf_counter(), self._tracker.steps
 
-    # ------------------------------------------------------------------------------------------- over ranks
 
-    def _group_device(self) -> torch.device:
-        if self._group is not None and "nccl" in dist.get_backend(self._group):
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("cpu")
-
-    def _gather(self, mine: Any) -> list[Any]:
-        """Every rank's, by rank."""
-        if self._group is None or dist.get_world_size(self._group) == 1:
-            return [mine]
-        gathered: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(gathered, mine, group=self._group)
-        return gathered
-
-    def _sum_tables(self, tables: dict[str, TableReport]) -> dict[str, TableReport]:
-        summed: dict[str, TableReport] = {}
-        for part in self._gather(tables):
-            for name, table in part.items():
-                summed[name] = summed[name] + table if name in summed else table
-        return summed
-
-
-def _sum_over(group: dist.ProcessGroup | None, values: Tensor) -> Tensor:
-    if group is not None and dist.get_world_size(group) > 1:
-        dist.all_reduce(values, group=group)
-    return values
+def _moves(hot: HotRows) -> int:
+    """Re-plans so far that moved rows."""
+    return sum(one.moved for one in hot.replans)

@@ -19,11 +19,12 @@ from tests.tables import TBE, Lookups, make_lookups, make_tbe
 from torchrec_slipstream import AccessConfig, AttachError, ConfigError, Slipstream, SlipstreamConfig
 from torchrec_slipstream import StalenessConfig as Staleness
 from torchrec_slipstream.access import AccessProfile
-from torchrec_slipstream.access.merging import Part, PartInfo, Ranks, merge
+from torchrec_slipstream.access.merging import Part, PartInfo, merge
 from torchrec_slipstream.errors import ProfileError
+from torchrec_slipstream.ranks import Ranks
 
 ROWS = (50, 30)
-ALONE = Ranks(None, torch.device("cpu"))
+ALONE = Ranks()
 FEATURES = (0, 1, 1)  # the second table is shared by two features
 
 

@@ -11,7 +11,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("smoke", "floor", "rowwise", "adam", "tests", "prefetch", "sgd", "update_filter", "throughput", "profiler")
+PARTS = (
+    "smoke",
+    "floor",
+    "rowwise",
+    "adam",
+    "tests",
+    "prefetch",
+    "sgd",
+    "update_filter",
+    "throughput",
+    "inputs",
+    "profiler",
+)
 
 
 def run(out: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -43,7 +55,7 @@ def test_one_part_that_fails_stops_no_other(tmp_path: Path) -> None:
 
 
 def test_a_part_that_takes_too_long_is_cut_off(tmp_path: Path) -> None:
-    done = run(tmp_path, "--device", "cpu", PYTHON=a_python(tmp_path, "sleep 100"), ONLY="floor", SECONDS_LEFT="45")
+    done = run(tmp_path, "--device", "cpu", PYTHON=a_python(tmp_path, "sleep 100"), ONLY="floor", SECONDS_LEFT="50")
     assert done.returncode == 0
     assert summary(done)["floor"].startswith("CUT OFF after 5 s")
 
@@ -70,7 +82,7 @@ def test_all_parts_run_on_a_cpu(tmp_path: Path) -> None:
     )
     with (tmp_path / "gpu_rows.csv").open(newline="") as file:
         questions = {row["question"].split(".")[0] for row in csv.DictReader(file)}
-    assert questions == {"floor", "hbm_budget", "update_filter", "throughput", "profiler"}
+    assert questions == {"floor", "hbm_budget", "update_filter", "throughput", "inputs", "profiler"}
     assert "tests collected" in done.stdout
     assert "not run: adam: FBGEMM has it on CUDA only" in done.stdout
     assert "not run: ours_caching: FBGEMM's UVM cache and its prefetch are CUDA only" in done.stdout

@@ -15,7 +15,7 @@ from tests.inputs.test_hotline import NOTHING, assert_equal_states
 from tests.models import placement_of, sharded, state_of
 from torchrec_slipstream import InputError, Slipstream
 from torchrec_slipstream.inputs.hotline import Hotline
-from torchrec_slipstream.inputs.rows import Ranks
+from torchrec_slipstream.ranks import Ranks
 
 pytestmark = pytest.mark.slow  # every test starts processes
 

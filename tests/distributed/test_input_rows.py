@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,16 +19,24 @@ from tests.distributed.mixed import Mixed
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_overlay import compare, only_hot
 from tests.models import DIM, ROWS, TwoCollections, batches_for, placement_of, sharded, state_of
-from torchrec_slipstream import AccessConfig, Slipstream, SlipstreamConfig, StalenessConfig
+from torchrec_slipstream import (
+    AccessConfig,
+    FaeInputs,
+    InputsConfig,
+    Slipstream,
+    SlipstreamConfig,
+    SlipstreamInputs,
+    StalenessConfig,
+)
 from torchrec_slipstream.inputs.dealing import Lockstep
-from torchrec_slipstream.inputs.fae import COLD, HOT, FaeSelector
-from torchrec_slipstream.inputs.hot import hot_of_placement
-from torchrec_slipstream.inputs.rows import Ranks, RowSets, ShardRows
-from torchrec_slipstream.inputs.shuffle import ShuffleScheduler
+from torchrec_slipstream.inputs.fae import COLD, HOT, FaeSelector, ShuffleScheduler
+from torchrec_slipstream.inputs.hot import hot_of_overlays, hot_of_placement
+from torchrec_slipstream.inputs.queues import HandedOut
+from torchrec_slipstream.inputs.rows import RowSets, ShardRows
 from torchrec_slipstream.inputs.slipstream import SlipstreamSelector
-from torchrec_slipstream.inputs.slipstream_knobs import SlipstreamKnobs
-from torchrec_slipstream.inputs.stream import HandedOut, InputStream
+from torchrec_slipstream.inputs.stream import InputStream
 from torchrec_slipstream.inputs.tally import Tally
+from torchrec_slipstream.ranks import Ranks
 from torchrec_slipstream.tbe import TableShard, find_tbes
 from torchrec_slipstream.tbe.features import ModelTable, model_tables
 from torchrec_slipstream.tbe.watched import watched_shards
@@ -67,7 +76,7 @@ def _gathered(rank: int) -> tuple[dict[str, list[bool]], list[tuple[str, int]]]:
     model = Mixed()
     parallel = sharded(model, model.shardings())
     shards = [shard for one in find_tbes(parallel) for shard in one.shards]
-    mine = [ShardRows(one.fqn, one.row_offset, one.col_offset, one.dim, in_shard(one).numpy()) for one in shards]
+    mine = [ShardRows.of(one, in_shard(one).numpy()) for one in shards]
     sets = RowSets.gathered(model_tables(parallel), mine, Ranks(dist.group.WORLD))
     return {fqn: sets.of(fqn).tolist() for fqn in sets.tables}, [(one.fqn, one.col_offset) for one in shards]
 
@@ -97,12 +106,12 @@ def test_sets_of_all_shardings(world_size: int) -> None:
 
 # ----------------------------------------------------------------------------------------------- Slipstream
 
-KNOBS = SlipstreamKnobs(
-    start=4, snapshot_steps=20, sample_share=1.0, min_touches=2, drop_share=0.3, search_window=0.02, max_threshold=1.0
+KNOBS = SlipstreamInputs(
+    start=4, snapshot_steps=20, sample_share=1.0, min_touches=2, search_window=0.02, max_threshold=1.0
 )
 
 
-def _train(rank: int, sharding: dict[str, str], knobs: SlipstreamKnobs) -> dict[str, Any]:
+def _train(rank: int, sharding: dict[str, str], knobs: SlipstreamInputs) -> dict[str, Any]:
     """What an oracle needs of one rank, and what its selector found."""
     parallel = sharded(TwoCollections(), sharding)
     replicated = tuple(name for name, kind in sharding.items() if kind == "data_parallel")
@@ -110,7 +119,7 @@ def _train(rank: int, sharding: dict[str, str], knobs: SlipstreamKnobs) -> dict[
     config = SlipstreamConfig(staleness=staleness, access=AccessConfig(counter="exact"))
     session = Slipstream(parallel, config)
     shards = watched_shards(session._filters)
-    selector = SlipstreamSelector(knobs, model_tables(parallel), shards, None, Ranks(dist.group.WORLD))
+    selector = SlipstreamSelector(knobs, model_tables(parallel), shards, None, Ranks(dist.group.WORLD), drop_share=0.3)
     weights, batches, kept = {}, [], []
     for step, (bags, sequences) in enumerate(batches_for(TwoCollections(), steps=40, rank=rank)):
         if step in (knobs.start, knobs.start + knobs.snapshot_steps):
@@ -209,6 +218,8 @@ def _hot_batches(rank: int) -> dict[str, int]:
     placement = placement_of(ours, 0.5)
     session = Slipstream(ours, only_hot(), placement=placement)
     hot = hot_of_placement(model_tables(ours), placement)
+    now = hot_of_overlays(model_tables(ours), session._filters, placement, Ranks(dist.group.WORLD))
+    assert now.digest == hot.digest
     loader = [Pair(*batch) for batch in batches_for(TwoCollections(), steps=60, rank=rank, longest=1)]
     losses: list[float] = []
 
@@ -219,7 +230,7 @@ def _hot_batches(rank: int) -> dict[str, int]:
         losses.append(float(outputs.square().mean()))
         return losses[-1]
 
-    scheduler = ShuffleScheduler(12, 50, test_loss=test_loss, total=Ranks(dist.group.WORLD).total)
+    scheduler = ShuffleScheduler(FaeInputs(window=12), test_loss, Ranks(dist.group.WORLD).total)
     stream = InputStream(loader, FaeSelector(hot), scheduler, Lockstep(dist.group.WORLD), Tally(), HandedOut())
     counts: Counter[str] = Counter()
     for batch in stream:
@@ -261,3 +272,51 @@ def test_hot_batches_touch_the_overlay_only() -> None:
         assert result["asked"] > 3
     assert first["hot"] == second["hot"]
     assert 2 * 60 * 8 - 3 <= first["samples"] + second["samples"] <= 2 * 60 * 8
+
+
+def _hot_batches_through_re_plans(rank: int) -> dict[str, Any]:
+    """Rows of all shardings become hot and cold, of other look-ups on each rank; nothing is known at first."""
+    model = sharded(TwoCollections(), {"b0": "row_wise", "b1": "column_wise", "s0": "table_wise", "s1": "row_wise"})
+    plain = only_hot(hbm_budget=2500, replan_every=6)
+    session = Slipstream(model, replace(plain, inputs=InputsConfig(method="fae", fae=FaeInputs(window=3))))
+    reads: list[int] = []  # by input batch, the re-plans before it was read
+
+    def loader() -> Iterator[Pair]:
+        for bags, sequences in batches_for(TwoCollections(), steps=80, rank=rank, longest=1):
+            reads.append(sum(one.moved for one in session._hot.replans))
+            fewer = 3 if len(reads) < 45 else 2
+            yield Pair(_popular(bags, fewer), _popular(sequences, fewer))
+
+    counts: Counter[str] = Counter()
+    digests = []
+    for batch in session.inputs(loader()):
+        is_known = sum(one.moved for one in session._hot.replans) == reads[max(0, len(reads) - 3)]
+        before = served(session)
+        model(batch.bags, batch.sequences).square().sum().backward()
+        lookups, hits = served(session) - before
+        selector = session._inputs._method[0]
+        is_hot = bool(selector.hot.samples([batch.bags, batch.sequences]).all_inside.all())
+        digests.append(selector.hot.digest)
+        if is_known and is_hot:
+            assert hits == lookups
+            assert all(one.tbe._indices.numel() == 0 for one in session._filters)
+            counts["hot"] += 1
+        session.step()
+    return {**counts, "digests": digests, "moves": sum(one.moved for one in session._hot.replans)}
+
+
+def _popular(features: KeyedJaggedTensor, power: int) -> KeyedJaggedTensor:
+    """The same with few rows most of the time."""
+    values = features.values()
+    share = (values % 97).double() / 97
+    return KeyedJaggedTensor(
+        features.keys(), (values.double() * share**power).long(), lengths=features.lengths(), stride=features.stride()
+    )
+
+
+def test_hot_batches_follow_re_plans_on_all_ranks_alike() -> None:
+    first, second = run_ranks(2, _hot_batches_through_re_plans)
+    assert first["digests"] == second["digests"]
+    assert len({*first["digests"]}) > 4
+    assert first["moves"] == second["moves"] > 4
+    assert min(first["hot"], second["hot"]) > 5

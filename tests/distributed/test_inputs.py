@@ -29,10 +29,12 @@ from tests.models import _BagSharder as BagSharder
 from torchrec_slipstream import (
     AccessConfig,
     AccessProfile,
+    FaeInputs,
     InputError,
     InputsConfig,
     Slipstream,
     SlipstreamConfig,
+    SlipstreamInputs,
     StalenessConfig,
     TableAccess,
     WeightedBatch,
@@ -42,9 +44,12 @@ from torchrec_slipstream.inputs.tally import Tally
 
 SIZE = 8
 SLIPSTREAM = InputsConfig(
-    method="slipstream", snapshot_steps=4, sample_share=1.0, min_touches=1, max_threshold=None, search_window=0.1
+    method="slipstream",
+    slipstream=SlipstreamInputs(
+        snapshot_steps=4, sample_share=1.0, min_touches=1, max_threshold=None, search_window=0.1
+    ),
 )
-FAE = InputsConfig(method="fae", hot_bytes=400 * (DIM * 4 + 4), window=5)
+FAE = InputsConfig(method="fae", fae=FaeInputs(hot_bytes=400 * (DIM * 4 + 4), window=5))
 
 # ------------------------------------------------------------------------------------------------ the stream alone
 

@@ -184,7 +184,7 @@ def test_two_ranks_drop_inputs_in_lockstep(tmp_path: Path) -> None:
     assert inputs["left_over"] < 2
     assert inputs["dropped_share"] == pytest.approx(0.3, abs=0.03)
     assert result["slipstream"]["skipped_share"] > 0.1
-    assert 0.6 < result["test"]["auc"]
+    assert result["test"]["auc"] > 0.6
 
 
 def test_parts_of_a_step_sum_to_the_whole() -> None:

@@ -15,9 +15,10 @@ from torchrec import KeyedJaggedTensor
 from torchrec.datasets.utils import Batch
 
 from tests.tables import TBE, make_tbe
-from torchrec_slipstream.inputs.rows import Ranks, RowSets
+from torchrec_slipstream.config import SlipstreamInputs
+from torchrec_slipstream.inputs.rows import RowSets
 from torchrec_slipstream.inputs.slipstream import SlipstreamSelector
-from torchrec_slipstream.inputs.slipstream_knobs import SlipstreamKnobs
+from torchrec_slipstream.ranks import Ranks
 from torchrec_slipstream.tbe import UpdateFilter, find_tbes
 from torchrec_slipstream.tbe.features import ModelTable, model_tables
 from torchrec_slipstream.tbe.watched import watched_shards
@@ -31,8 +32,9 @@ Bags = list[list[list[int]]]  # by table's feature and sample
 class Run:
     """A TBE that trains, a selector that follows it, and all that an oracle needs to know of both."""
 
-    knobs: SlipstreamKnobs
+    knobs: SlipstreamInputs
     hot: Callable[[Sequence[ModelTable]], RowSets] | None = None
+    drop_share: float = 0.3
     seed: int = 0
     scale: int = 1
     watched: tuple[int, ...] = (0, 1)
@@ -49,12 +51,14 @@ class Run:
         self.filter.counting = True
         self.keys = [feature for table in self.tables for feature in table.features]
         self.hot_sets = RowSets.all_rows(self.tables) if self.hot is None else self.hot(self.tables)
-        self.selector = self.new_selector(self.knobs)
+        self.selector = self.new_selector()
 
-    def new_selector(self, knobs: SlipstreamKnobs) -> SlipstreamSelector:
+    def new_selector(self) -> SlipstreamSelector:
         shards = [one for one in watched_shards([self.filter]) if one.place in self.watched]
         hot = None if self.hot is None else self.hot_sets
-        return SlipstreamSelector(knobs, self.tables, shards, hot, Ranks(), scale=self.scale)
+        return SlipstreamSelector(
+            self.knobs, self.tables, shards, hot, Ranks(), drop_share=self.drop_share, scale=self.scale
+        )
 
     def batch(self, number: int) -> Batch:
         generator = torch.Generator().manual_seed(1000 * self.seed + number)
@@ -152,15 +156,15 @@ class Oracle:
 
     def search(self) -> tuple[float, bool]:
         low, high = 0.0, 1.0 if self.knobs.per_table else self.knobs.max_threshold or math.nan
-        best, nearest = 0.0, abs(self.knobs.drop_share)
+        best, nearest = 0.0, abs(self.run.drop_share)
         for _ in range(25):
             middle = (low + high) / 2
             share = self.share(middle)
-            if abs(share - self.knobs.drop_share) < nearest:
-                best, nearest = middle, abs(share - self.knobs.drop_share)
-            if abs(share - self.knobs.drop_share) <= self.knobs.search_window:
+            if abs(share - self.run.drop_share) < nearest:
+                best, nearest = middle, abs(share - self.run.drop_share)
+            if abs(share - self.run.drop_share) <= self.knobs.search_window:
                 return middle, True
-            low, high = (middle, high) if share < self.knobs.drop_share else (low, middle)
+            low, high = (middle, high) if share < self.run.drop_share else (low, middle)
         return best, False
 
 

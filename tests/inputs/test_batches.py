@@ -17,8 +17,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from tests.inputs.samples import as_python, numbered, same
 from torchrec_slipstream import InputError, StateError, WeightedBatch
 from torchrec_slipstream.inputs.batches import concat, features_of, labels_of, select, size_of, with_weights
-from torchrec_slipstream.inputs.lane import Lane
 from torchrec_slipstream.inputs.packing import from_bytes, pack, to_bytes, unpack
+from torchrec_slipstream.inputs.queues import Lane
 
 
 @dataclass

@@ -95,7 +95,7 @@ def test_several_labels_a_sample_are_positive_together() -> None:
     keep = NegativeSampling(0.4).choose(batch).keep
     assert keep[0::2].all()
     assert keep[1::2].float().mean() < 0.4
-    with pytest.raises(InputError, match="'negatives' reads labels, and Batch has no tensor 'labels'"):
+    with pytest.raises(InputError, match="'negatives' read labels, and Batch has no tensor 'labels'"):
         NegativeSampling(0.3).choose(dataclasses.replace(batch, labels=None))
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from torchrec_slipstream.inputs.movement import Scale, ShardMovement, Snapshot, TableMovement, movements_of
-from torchrec_slipstream.inputs.rows import Ranks
+from torchrec_slipstream.ranks import Ranks
+from torchrec_slipstream.tbe import TableShard
 from torchrec_slipstream.tbe.features import ModelTable
 
 TABLES = {"t": ModelTable("t", "t", ("a",), 10, 8), "u": ModelTable("u", "u", ("b",), 4, 4)}
@@ -27,7 +28,8 @@ class Shard:
     columns: int
 
     def __post_init__(self) -> None:
-        self.key, self.device = f"{self.table}@{self.row_offset}:{self.col_offset}", torch.device("cpu")
+        self.at = TableShard(self.table, "", self.rows, self.columns, 0, self.row_offset, self.col_offset)
+        self.device = torch.device("cpu")
         self.values = torch.zeros(self.rows, self.columns)
         self.counts = torch.zeros(self.rows, dtype=torch.int64)
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torchrec import KeyedJaggedTensor
 
 from torchrec_slipstream.errors import StateError
-from torchrec_slipstream.inputs.rows import Ranks, RowSets, ShardRows
+from torchrec_slipstream.inputs.rows import RowSets, ShardRows
+from torchrec_slipstream.ranks import Ranks
 from torchrec_slipstream.tbe.features import ModelTable
 
 # A table with two features, two that share one, one that is whole in the set, and one that is not in it at all.

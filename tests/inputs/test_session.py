@@ -215,34 +215,6 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
         slip.load_state_dict(state)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("method", "some"),
-        ("drop_share", 1.0),
-        ("seed", -1),
-        ("weigh", "yes"),
-        ("min_probability", 0.0),
-        ("search_window", 1.5),
-        ("stale_lookups", 0),
-        ("sample_share", 0.0),
-        ("start", -1),
-        ("snapshot_steps", 0),
-        ("again", 100),
-        ("min_touches", 0),
-        ("max_threshold", 0.0),
-        ("movement", "fast"),
-        ("hot_bytes", "some"),
-        ("window", 0),
-        ("rate", 0.5),
-        ("patience", 0),
-    ],
-)
-def test_a_value_out_of_range_is_named(field: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=f"{field}=|'{value}'"):
-        InputsConfig(**{field: value})
-
-
 def test_reports_of_ranks_add_up() -> None:
     tbe, slip = attach(NEGATIVES)
     train(tbe, slip, slip.inputs(epoch_of(0)))

@@ -15,15 +15,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.inputs.skipping import FEATURES, ROWS, SIZE, Oracle, Run, hot_half, rows_of
+from torchrec_slipstream.config import SlipstreamInputs
 from torchrec_slipstream.errors import ConfigError, StateError
-from torchrec_slipstream.inputs.rows import Ranks, RowSets
+from torchrec_slipstream.inputs.rows import RowSets
 from torchrec_slipstream.inputs.search import bisect
-from torchrec_slipstream.inputs.slipstream import SlipstreamSelector
-from torchrec_slipstream.inputs.slipstream_knobs import SlipstreamKnobs, SlipstreamShares, snapshot_steps_of
+from torchrec_slipstream.inputs.slipstream import SlipstreamSelector, SlipstreamShares
+from torchrec_slipstream.ranks import Ranks
 from torchrec_slipstream.tbe.watched import watched_shards
 
-KNOBS = SlipstreamKnobs(
-    start=5, snapshot_steps=20, sample_share=1.0, min_touches=3, drop_share=0.3, search_window=0.02, max_threshold=1.0
+KNOBS = SlipstreamInputs(
+    start=5, snapshot_steps=20, sample_share=1.0, min_touches=3, search_window=0.02, max_threshold=1.0
 )
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -44,7 +45,9 @@ VARIANTS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("watched", [(0, 1), (1,)])
 @pytest.mark.filterwarnings("ignore:Slipstream's search")
 def test_against_the_method(variant: dict[str, Any], all_rows: bool, watched: tuple[int, ...]) -> None:
-    run = Run(replace(KNOBS, **variant), None if all_rows else hot_half, watched=watched)
+    changes = {name: value for name, value in variant.items() if name != "drop_share"}
+    share = variant.get("drop_share", 0.3)
+    run = Run(replace(KNOBS, **changes), None if all_rows else hot_half, watched=watched, drop_share=share)
     start, end = run.knobs.start, run.knobs.start + run.knobs.snapshot_steps
     kept = run.train(range(end))
     assert all(map(all, kept))
@@ -97,7 +100,7 @@ def test_steps_count_from_the_first_batch() -> None:
 
 def test_an_untouched_row_is_not_stale() -> None:
     """The artefact's trap: what was not looked up between the snapshots moved by 0."""
-    run = Run(replace(KNOBS, snapshot_steps=2, min_touches=1, drop_share=0.6))
+    run = Run(replace(KNOBS, snapshot_steps=2, min_touches=1), drop_share=0.6)
     run.train(range(7))
     stale = run.selector.stale
     assert stale is not None
@@ -153,7 +156,7 @@ def test_resumes_bit_for_bit(stop: int) -> None:
     kept = whole.train(range(70))
     assert broken.train(range(stop)) == kept[:stop]
     state = broken.selector.state_dict()
-    broken.selector = broken.new_selector(knobs)
+    broken.selector = broken.new_selector()
     broken.selector.load_state_dict(state)
     assert broken.train(range(stop, 70)) == kept[stop:]
     assert broken.selector.searches == whole.selector.searches
@@ -168,10 +171,12 @@ def test_refuses_other_states() -> None:
     with pytest.raises(StateError, match="'fae'"):
         run.selector.load_state_dict({"selector": "fae"})
     with pytest.raises(StateError, match="drop_share"):
-        run.new_selector(replace(KNOBS, drop_share=0.5)).load_state_dict(state)
+        Run(KNOBS, drop_share=0.5).selector.load_state_dict(state)
+    with pytest.raises(StateError, match="min_touches"):
+        Run(replace(KNOBS, min_touches=4)).selector.load_state_dict(state)
     run.watched = (1,)
     with pytest.raises(StateError, match="shards"):
-        run.new_selector(KNOBS).load_state_dict(state)
+        run.new_selector().load_state_dict(state)
 
 
 def test_samples_a_share() -> None:
@@ -189,11 +194,11 @@ def test_hot_rows_are_asked_for_at_the_start() -> None:
         return hot_half(run.tables)
 
     shards = watched_shards([run.filter])
-    run.selector = SlipstreamSelector(KNOBS, run.tables, shards, ask, Ranks())
+    run.selector = SlipstreamSelector(KNOBS, run.tables, shards, ask, Ranks(), drop_share=0.3)
     run.train(range(26))
     assert asked == [5]
     with pytest.raises(ConfigError, match="start=0"):
-        SlipstreamSelector(replace(KNOBS, start=0), run.tables, shards, ask, Ranks())
+        SlipstreamSelector(replace(KNOBS, start=0), run.tables, shards, ask, Ranks(), drop_share=0.3)
 
 
 def test_counted_lookups_stand_for_several() -> None:
@@ -240,15 +245,3 @@ def test_bisection(critical: list[float], target: float, window: float, highest:
         gaps = sorted({0.0, *(value for value in critical if value < highest)})
         if min(b - a for a, b in itertools.pairwise([*gaps, highest])) > highest * 2**-24:
             assert abs(one.share - target) <= 1 / len(critical)
-
-
-def test_knobs() -> None:
-    assert snapshot_steps_of(0.015, 1000) == 15
-    assert snapshot_steps_of(0.015, 3) == 1
-    for wrong in ({"again": 100}, {"drop_share": 1.0}, {"movement": "far"}, {"min_touches": 0}, {"sample_share": 0.0}):
-        name, value = next(iter(wrong.items()))
-        with pytest.raises(ConfigError, match=f"{name}={value!r}"):
-            SlipstreamKnobs(**wrong)
-    shares = SlipstreamShares(100, 50, 20, 10) + SlipstreamShares(100, 50, 20, 0)
-    assert (shares.of_all, shares.of_remaining, shares.of_hot) == (0.05, 0.1, 0.25)
-    assert SlipstreamShares().of_hot == 0.0

@@ -19,8 +19,8 @@ from torchrec_slipstream import InputError, StateError, WeightedBatch
 from torchrec_slipstream.inputs.blind import KeepAll, RandomDrop
 from torchrec_slipstream.inputs.choice import Choice, OneLane
 from torchrec_slipstream.inputs.dealing import Lockstep, Transfer
-from torchrec_slipstream.inputs.handed_out import HandedOut
 from torchrec_slipstream.inputs.packing import from_bytes, to_bytes
+from torchrec_slipstream.inputs.queues import HandedOut
 from torchrec_slipstream.inputs.stream import InputStream
 from torchrec_slipstream.inputs.tally import Tally
 

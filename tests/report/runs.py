@@ -16,7 +16,8 @@ from examples.train_dlrm import train
 from tests.staleness.test_tracker import ROWS, config
 from tests.staleness.test_tracker import train as steps_of
 from tests.tables import make_tbe
-from torchrec_slipstream import Report, Slipstream
+from torchrec_slipstream import InputReport, Report, Slipstream
+from torchrec_slipstream.report.inputs import DropCount, LaneCount, SearchReport
 
 _EMPTY = ("meta", "br")
 
@@ -36,6 +37,27 @@ def dlrm_run(*more: str) -> dict[str, Any]:
     hot = "--placement planned --hbm-budget 25% --replan-every 8"
     with process_group(torch.device("cpu")):
         return train(parse_arguments([*f"{small} {rest} {hot}".split(), *more]))
+
+
+def input_report(method: str = "slipstream") -> InputReport:
+    """Of two ranks, with all that a report on inputs may say."""
+    return InputReport(
+        method=method,
+        epochs=2,
+        read=1000,
+        used=690,
+        dropped=300,
+        left_over=1,
+        waiting=9,
+        kept_weight=700.0,
+        labels={"0": DropCount(800, 280), "1": DropCount(200, 20)},
+        features={"f0": DropCount(1500, 450), "f1": DropCount(900, 100), "f2": DropCount(10, 0)},
+        tables={"m.ebc.t_0": DropCount(2400, 550), "m.ebc.t_1": DropCount(10, 0)},
+        lanes={"cold": LaneCount(450, 40), "hot": LaneCount(240, 20)},
+        searches=[SearchReport(20, 0.0125, 0.55, True, 64, 37), SearchReport(60, 0.25, 0.125, False, 60, 5)],
+        classified=600,
+        hot=400,
+    )
 
 
 class Page(HTMLParser):

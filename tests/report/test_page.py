@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from tests.report.runs import Page, dlrm_run, session_report
+from tests.report.runs import Page, dlrm_run, input_report, session_report
+from torchrec_slipstream import InputReport
 from torchrec_slipstream.report import charts, svg
+from torchrec_slipstream.report.inputs import DropCount, LaneCount
 from torchrec_slipstream.report.octaves import Octaves
 from torchrec_slipstream.report.page import page
 from torchrec_slipstream.report.placement import HitPoint, PlacementReport, Replan
@@ -88,6 +91,71 @@ def test_it_says_what_the_record_says(run: RunRecord, values: dict[str, Any]) ->
     assert "train samples\n3,200\n" in found.text
 
 
+def test_inputs_have_a_section_of_their_own(run: RunRecord) -> None:
+    report, _ = placed(run)
+    inputs = input_report()
+    with_inputs = replace(run, name="with", report=replace(report, inputs=inputs))
+    assert "Inputs" not in Page(page([run])).text.splitlines()
+    found = Page(page([with_inputs, run]))
+    assert "Inputs: with\n" in found.text
+    assert "Inputs: skip rows\n" not in found.text
+    assert "inputs dropped (by)\n30.0% (slipstream)\n-\n" in found.text
+    for line in (
+        "samples read\n1,000\n",
+        "trained on\n690\n",
+        "dropped\n300 (30.0%)\n",
+        "left over at epochs' ends\n1\n",
+        "waiting for a batch\n9\n",
+        "look-ups dropped with them\n550 (22.8%)\n",
+        "weights of the kept samples, sum\n700\n",
+        "cold batches a rank\n40 (450 samples)\n",
+        "hot batches a rank\n20 (240 samples)\n",
+        "dropped, of those read since the first search\n50.0%\n",
+        "dropped, of the hot ones among them\n75.0%\n",
+        "20\n0.0125\n55.0% of 64\nyes\n37\n",
+        "60\n0.25\n12.5% of 60\nno\n5\n",
+    ):
+        assert line in found.text
+    assert found.said("Samples dropped, by label") == [
+        "label 0", "label 0: 280 of 800 samples", "label 1", "label 1: 20 of 200 samples",
+    ]  # fmt: skip
+    said = found.said("Look-ups dropped with their samples, by table")
+    assert said == ["t_0", "t_0: 550 of 2,400 look-ups", "t_1", "t_1: 0 of 10 look-ups"]
+    assert "logits" not in found.text
+
+
+def test_what_dropped_inputs_mean_for_the_model_is_said(run: RunRecord) -> None:
+    report, _ = placed(run)
+
+    def text(inputs: InputReport) -> str:
+        return Page(page([replace(run, report=replace(report, inputs=inputs))])).text
+
+    thinned = input_report("thinning")
+    assert f"add {thinned.logit_shift:+.4f} to its logits" in text(thinned)
+    assert thinned.logit_shift == pytest.approx(math.log(0.65 / 0.9))
+    weighed = text(replace(input_report("negatives"), kept_weight=990.0))
+    assert "Kept samples weigh one over the probability of being kept" in weighed
+    assert "logits" not in weighed
+    alike = replace(thinned, tables={f"m.t_{i}": DropCount(100, 25) for i in range(3)})
+    assert "of every table alike" in text(alike)
+    assert "by table" not in Page(page([replace(run, report=replace(report, inputs=alike))])).charts
+
+
+def test_a_tables_line_says_what_was_dropped_with_samples(run: RunRecord) -> None:
+    report, _ = placed(run)
+    first, second, *_ = report.tables
+    inputs = replace(input_report(), tables={first: DropCount(80, 20), second: DropCount(80, 8)})
+    shown = replace(report, inputs=inputs)
+    assert str(shown).splitlines()[0].endswith("skipped   dropped")
+    assert [line.split()[-1] for line in str(shown).splitlines()[2:4]] == ["25.0%", "10.0%"]
+    text = Page(page([replace(run, report=shown)])).text
+    assert "left out\ndropped with samples\n" in text
+    one = report.tables[first]
+    assert f"{one.skipped_share:.1%}\n25.0%\n" in text
+    assert "dropped with samples" not in Page(page([run])).text
+    assert not str(report).splitlines()[0].endswith("dropped")
+
+
 def test_bars_and_lines_are_as_long_as_they_say() -> None:
     chart = Page(
         svg.bars(
@@ -110,6 +178,9 @@ EVIL = ('<script>alert("1")</script>', "\"><img src=x onerror='alert(2)'>&amp;")
 
 def test_names_stay_text(tmp_path: Path) -> None:
     report = replace(session_report(EVIL), config={"staleness": {EVIL[0]: EVIL[1]}}, spread={EVIL[1]: Octaves(0, [3])})
+    counts, lanes = {EVIL[0]: DropCount(9, 5), EVIL[1]: DropCount(9, 4)}, {EVIL[0]: LaneCount(1, 1)}
+    inputs = replace(input_report(EVIL[1]), labels=counts, tables=counts, features=counts, lanes=lanes)
+    report = replace(report, inputs=inputs)
     run = RunRecord(
         report=report,
         name=EVIL[1],
@@ -127,6 +198,15 @@ def test_names_stay_text(tmp_path: Path) -> None:
     assert "onerror" not in found.attributes
     for name in EVIL:
         assert found.text.count(name) > 8, "shown as it is"
+
+
+def test_settings_of_a_part_are_listed_one_by_one(run: RunRecord) -> None:
+    report, _ = placed(run)
+    config = {**report.config, "inputs": {**report.config["inputs"], "fae": {"window": 7, "rate": 50.0}}}
+    html = page([replace(run, report=replace(report, config=config))])
+    assert "<b>inputs.fae.window</b></td><td><b>7</b>" in html
+    assert "<td>inputs.fae.rate</td><td>50</td>" in html
+    assert "{" not in Page(html).text.partition("What was run")[2]
 
 
 def test_what_was_not_recorded_leaves_no_empty_chart(run: RunRecord) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.report.runs import dlrm_run, session_report
+from tests.report.runs import dlrm_run, input_report, session_report
 from torchrec_slipstream import ConfigError, Report
 from torchrec_slipstream.report.page import page
 from torchrec_slipstream.report.record import FORMAT, RunRecord, load, load_all
@@ -129,10 +130,27 @@ def test_files_that_are_not_json(tmp_path: Path) -> None:
         load(tmp_path / "none.json")
 
 
+def test_reports_on_inputs_are_read_as_written_also_older_ones(report: Report) -> None:
+    with_inputs = replace(report, inputs=input_report())
+    values = json.loads(json.dumps(RunRecord(report=with_inputs).to_dict()))
+    assert RunRecord.from_dict(values).report == with_inputs
+    for added in ("tables", "lanes", "searches", "classified", "hot"):
+        del values["slipstream"]["inputs"][added]
+    older = RunRecord.from_dict(values)
+    plain = replace(input_report(), tables={}, lanes={}, searches=[], classified=0, hot=0)
+    assert older.report == replace(report, inputs=plain)
+    assert "Look-ups dropped with their samples, by feature" in page([older])
+    del values["slipstream"]["inputs"]
+    assert RunRecord.from_dict(values).report == report
+
+
 def test_every_wrong_value_is_refused_or_drawn(run: dict[str, Any]) -> None:
     """Whatever has become of a value, a page is drawn or a ConfigError says that the file is damaged."""
     for holder in (run["slipstream"], run["slipstream"]["placement"]):
         holder["tables"] = dict(list(holder["tables"].items())[:1])
+    inputs = run["slipstream"]["inputs"] = json.loads(json.dumps(input_report("thinning").to_dict()))
+    for counts in ("features", "tables", "lanes"):
+        inputs[counts] = dict(list(inputs[counts].items())[:1])
     text = json.dumps(run)
     refused = 0
     for path in _places(run):

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from torchrec_slipstream.access.counters import is_counted
-from torchrec_slipstream.access.merging import Part, PartInfo, Ranks, merge
+from torchrec_slipstream.access.merging import Part, PartInfo, merge
 from torchrec_slipstream.access.profile import AccessProfile
 from torchrec_slipstream.access.sketch import RowSketch
 from torchrec_slipstream.config import AccessConfig
 from torchrec_slipstream.errors import ProfileError, StateError
+from torchrec_slipstream.ranks import Ranks
 
 if TYPE_CHECKING:  # tbe/ counts with our counters, and so imports this room
     from torchrec_slipstream.tbe import TableShard

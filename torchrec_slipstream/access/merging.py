@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from torchrec_slipstream.access.profile import AccessProfile
 from torchrec_slipstream.access.table import TableAccess
+from torchrec_slipstream.ranks import Ranks
 
 # Rows that cross at a time, so that a rank which is not to have the profile needs little memory.
 _CHUNK = 1 << 22
@@ -64,45 +64,6 @@ class Part:
     def sparse(info: PartInfo, rows: Int64s, counts: Int64s, lookups: float) -> Part:
         """``rows`` are numbered within the part; ``lookups`` are all that there were."""
         return Part(replace(info, lookups=lookups, sketch=(rows + info.begin, counts)))
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Who merges: the ranks of a group, with the device that it wants its tensors on; or this process alone (None)."""
-
-    group: dist.ProcessGroup | None
-    device: torch.device
-
-    @property
-    def number(self) -> int:
-        return 1 if self.group is None else dist.get_world_size(self.group)
-
-    @property
-    def mine(self) -> int:
-        return 0 if self.group is None else dist.get_rank(self.group)
-
-    def gather(self, mine: list[PartInfo]) -> list[list[PartInfo]]:
-        """Every rank's, by rank."""
-        if self.number == 1:
-            return [mine]
-        gathered: list[list[PartInfo]] = [[] for _ in range(self.number)]
-        dist.all_gather_object(gathered, mine, group=self.group)
-        return gathered
-
-    def move(self, chunk: Tensor, owner: int, dst: int | None) -> Tensor:
-        """The owner's chunk on rank ``dst``, or (None) on all; anything on the others."""
-        group = self.group
-        if group is None or self.number == 1 or owner == dst:
-            return chunk
-        moving = chunk.to(self.device)
-        source = dist.get_global_rank(group, owner)
-        if dst is None:
-            dist.broadcast(moving, source, group=group)
-        elif self.mine == owner:
-            dist.send(moving, dist.get_global_rank(group, dst), group=group)
-        elif self.mine == dst:
-            dist.recv(moving, source, group=group)
-        return moving.cpu()
 
 
 def merge(parts: list[Part], sampled_every: int, ranks: Ranks, dst: int | None) -> AccessProfile | None:

@@ -277,6 +277,9 @@ def _permuted(
     keys: list[str], values: Tensor, lengths: Tensor, weights: Tensor | None, bags: Tensor, stride: int
 ) -> KeyedJaggedTensor:
     """The ``bags`` (int64 [keys, stride]) of end-to-end bags; each may be named any number of times."""
+    if not bags.numel():  # the GPU's kernel would hand everything back
+        lengths, values, weights = lengths[:0], values[:0], weights[:0] if weights is not None else None
+        return KeyedJaggedTensor(keys=keys, values=values, weights=weights, lengths=lengths, stride=stride)
     permute = torch.ops.fbgemm.permute_1D_sparse_data  # what KeyedJaggedTensor.permute calls, on CPU and GPU
     lengths, values, weights = permute(bags.reshape(-1).int(), lengths.reshape(-1), values, weights, None)
     return KeyedJaggedTensor(keys=keys, values=values, weights=weights, lengths=lengths, stride=stride)

@@ -1,4 +1,9 @@
-"""Methods that look at no embedding row: the controls that every other method has to beat."""
+"""Methods that look at no embedding row.
+
+``"thinning"`` (ours) is :class:`NegativeSampling` without weights, its logits put right after training by
+``InputReport.logit_shift``. ``"random"`` (:class:`RandomDrop`) and ``"negatives"`` (:class:`NegativeSampling` with
+weights) are the controls that every method has to beat.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +111,8 @@ class NegativeSampling:
         size, labels = size_of(batch), labels_of(batch)
         if labels is None:
             raise InputError(
-                f"method 'negatives' reads labels, and {type(batch).__name__} has no tensor 'labels'; name it so"
+                f"methods 'thinning' and 'negatives' read labels, and {type(batch).__name__} has no tensor 'labels'; "
+                "name it so"
             )
         negative = (labels.reshape(size, -1) <= 0.5).all(dim=1).cpu()
         self._negatives = _MEMORY * self._negatives + int(negative.count_nonzero())

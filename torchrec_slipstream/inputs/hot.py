@@ -1,6 +1,6 @@
-"""Which rows are hot for the classifiers of inputs: from an access profile, a calibration, or a placement.
+"""Which rows are hot for the classifiers of inputs: from an access profile, a calibration, a placement, or overlays.
 
-All three are the same on every rank, so nothing is sent. A table that every rank has whole (data parallel) is hot
+The first three are the same on every rank, so nothing is sent. A table that every rank has whole (data parallel) is hot
 whole: its look-ups wait for no other memory.
 """
 
@@ -19,7 +19,10 @@ from torchrec_slipstream.access.table import TableAccess
 from torchrec_slipstream.errors import ProfileError
 from torchrec_slipstream.inputs.rows import RowSets, ShardRows
 from torchrec_slipstream.placement import Placement
+from torchrec_slipstream.ranks import Ranks
+from torchrec_slipstream.tbe import UpdateFilter
 from torchrec_slipstream.tbe.features import ModelTable
+from torchrec_slipstream.tbe.overlay import can_hold
 
 
 def hot_of_profile(tables: Sequence[ModelTable], profile: AccessProfile, budget: int | float | str) -> RowSets:
@@ -82,6 +85,33 @@ def hot_of_placement(tables: Sequence[ModelTable], placement: Placement) -> RowS
             yield ShardRows(one.table, one.row_offset, one.col_offset, one.columns, rows)
 
     return RowSets.of_shards(tables, shards(), whole=_replicated(tables))
+
+
+def hot_of_overlays(
+    tables: Sequence[ModelTable], filters: Iterable[UpdateFilter], placement: Placement | None, ranks: Ranks
+) -> RowSets:
+    """The rows that are in fast memory now: a collective call. Right after a session was attached with a placement,
+    those of :func:`hot_of_placement`; tables that the session is not attached to have none.
+
+    Args:
+        tables: of the model.
+        filters: of this rank.
+        placement: that the session was attached with.
+        ranks: who share the model.
+    """
+    planned_whole = {(s.table, s.row_offset, s.col_offset) for s in (placement.shards if placement else ()) if s.whole}
+    mine = []
+    for one in filters:
+        hot = one.overlay.hot_rows_by_shard() if one.overlay is not None else {}
+        for place, shard in enumerate(one.shards):
+            is_whole = (
+                not can_hold(one.found, place) or (shard.fqn, shard.row_offset, shard.col_offset) in planned_whole
+            )
+            rows = np.full(shard.rows, is_whole)
+            if place in hot:
+                rows[hot[place].cpu().numpy()] = True
+            mine.append(ShardRows.of(shard, rows))
+    return RowSets.gathered(tables, mine, ranks, whole=_replicated(tables))
 
 
 def _counted(tables: Sequence[ModelTable], profile: AccessProfile) -> list[tuple[ModelTable, TableAccess]]:

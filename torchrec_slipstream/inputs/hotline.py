@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from torchrec_slipstream.errors import InputError
 from torchrec_slipstream.inputs.batches import kjts_of, select, size_of
-from torchrec_slipstream.inputs.rows import Ranks, RowSets
+from torchrec_slipstream.inputs.rows import RowSets
+from torchrec_slipstream.ranks import Ranks
 from torchrec_slipstream.tbe.deferred import DeferredUpdates, check_can_defer
 from torchrec_slipstream.tbe.dense import DenseGradients
 from torchrec_slipstream.tbe.update_filter import UpdateFilter
@@ -55,9 +56,9 @@ class Hotline:
     Args:
         model: the outermost module, as the optimizer and ``DistributedDataParallel`` see it.
         filters: of all its TBEs.
-        popular: the hot rows; or what says of a batch which of its samples are popular, bool ``[B]``: a function of its
-            own, or one that hands on what the loader found out (``lambda batch: batch.popular``). On a GPU that is the
-            way, since :class:`RowSets` look at batches on the CPU.
+        popular: the hot rows, for which the batch's look-ups are told apart where it lies; or what says of a batch
+            which of its samples are popular, bool ``[B]``, such as ``lambda batch: batch.popular`` where the loader
+            has found it out: on a GPU the host need not wait for that.
         ranks: who shares the model.
 
     Raises:
@@ -146,7 +147,7 @@ class Hotline:
             )
         popular = popular.cpu()
         mine = popular.nonzero().squeeze(1)
-        count, smallest, largest = _least(self._ranks, [mine.numel(), size, -size])
+        count, smallest, largest = self._ranks.least([mine.numel(), size, -size])
         if smallest != -largest:
             raise InputError(
                 f"ranks have batches of {smallest} to {-largest} samples; give all of them the same (drop_last=True)"
@@ -201,15 +202,6 @@ def _checked_loss(loss: Tensor) -> Tensor:
 
 def _divided(in_first: Tensor) -> tuple[Tensor, Tensor]:
     return in_first.nonzero().squeeze(1), (~in_first).nonzero().squeeze(1)
-
-
-def _least(ranks: Ranks, values: list[int]) -> list[int]:
-    """The least over the ranks, of each."""
-    if ranks.number == 1:
-        return values
-    least = torch.tensor(values, device=ranks.device)
-    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=ranks.group)
-    return least.tolist()
 
 
 def _gathered(ranks: Ranks, mask: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -12,11 +12,13 @@ from torchrec_slipstream.errors import StateError
 from torchrec_slipstream.inputs.blind import KeepAll
 from torchrec_slipstream.inputs.choice import Scheduler, Selector
 from torchrec_slipstream.inputs.dealing import Lockstep
-from torchrec_slipstream.inputs.handed_out import HandedOut
+from torchrec_slipstream.inputs.methods import told_by
 from torchrec_slipstream.inputs.packing import pack, unpack
+from torchrec_slipstream.inputs.queues import HandedOut
 from torchrec_slipstream.inputs.stream import InputStream
 from torchrec_slipstream.inputs.tally import Tally
 from torchrec_slipstream.report.inputs import InputReport
+from torchrec_slipstream.tbe.features import ModelTable
 
 
 class LiveInputs:
@@ -25,7 +27,7 @@ class LiveInputs:
     Args:
         config: of the inputs.
         group: whose ranks read in lockstep; None: this process alone.
-        make: the method's selector and scheduler, from what :meth:`open` is given besides the loader.
+        make: the method's selector and scheduler, from what :meth:`open` is given.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class LiveInputs:
             return iter(loader)
         if self._method is None:
             assert self._make is not None
-            method = self._make(**things)
+            method = self._make(loader, **things)
             if self._saved is not None and self._saved["selector"] is not None:
                 method[0].load_state_dict(self._saved["selector"])
                 method[1].load_state_dict(self._saved["scheduler"])
@@ -87,11 +89,13 @@ class LiveInputs:
             old = self._stream.selector
             self._stream.selector = KeepAll(lanes=old.lanes, weighs=old.weighs)
 
-    def report(self) -> InputReport | None:
-        """Of this rank; None where all inputs pass untouched."""
+    def report(self, tables: Sequence[ModelTable] = ()) -> InputReport | None:
+        """Of this rank; None where all inputs pass untouched. ``tables``: of the model."""
         if self._config.method == "off":
             return None
-        return self._tally.report(self._config.method, self._stream.buffered if self._stream is not None else 0)
+        waiting = self._stream.buffered if self._stream is not None else 0
+        told = told_by(self._method[0]) if self._method is not None else {}
+        return self._tally.report(self._config.method, waiting, tables, **told)
 
     # ----------------------------------------------------------------------------------------------------- state
 

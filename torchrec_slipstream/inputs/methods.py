@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Sequence, Sized
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 from torch import nn
 
 from torchrec_slipstream.access import AccessProfile, Calibration
-from torchrec_slipstream.config import InputsConfig
+from torchrec_slipstream.config import InputsConfig, SlipstreamInputs
 from torchrec_slipstream.errors import InputError
 from torchrec_slipstream.inputs.blind import NegativeSampling, RandomDrop
 from torchrec_slipstream.inputs.choice import OneLane, Scheduler, Selector
-from torchrec_slipstream.inputs.fae import FaeSelector
-from torchrec_slipstream.inputs.hot import hot_of_calibration, hot_of_placement, hot_of_profile
-from torchrec_slipstream.inputs.rows import Ranks, RowSets
-from torchrec_slipstream.inputs.shuffle import ShuffleScheduler
+from torchrec_slipstream.inputs.fae import FaeSelector, ShuffleScheduler
+from torchrec_slipstream.inputs.hot import hot_of_calibration, hot_of_overlays, hot_of_placement, hot_of_profile
+from torchrec_slipstream.inputs.rows import RowSets
 from torchrec_slipstream.inputs.slipstream import SlipstreamSelector
-from torchrec_slipstream.inputs.slipstream_knobs import SlipstreamKnobs
 from torchrec_slipstream.placement import Placement
+from torchrec_slipstream.ranks import Ranks
+from torchrec_slipstream.report.inputs import SearchReport
 from torchrec_slipstream.tbe import UpdateFilter
 from torchrec_slipstream.tbe.features import model_tables
 from torchrec_slipstream.tbe.watched import watched_shards
@@ -37,6 +37,7 @@ class Surroundings:
         filters: of its TBEs.
         ranks: who agrees.
         placement: that the session was attached with.
+        moves: re-plans so far that moved hot rows, the same on all ranks; None where hot rows stay what they are.
         scale: look-ups that a counted one stands for.
         profile: the counts so far; a collective call.
     """
@@ -45,18 +46,20 @@ class Surroundings:
     filters: Sequence[UpdateFilter]
     ranks: Ranks
     placement: Placement | None
+    moves: Callable[[], int] | None
     scale: int
     profile: Callable[[], AccessProfile]
 
 
-def make(config: InputsConfig, around: Surroundings, **things: Any) -> Parts:
-    """The selector and scheduler of ``config.method`` (not "off").
+def make(config: InputsConfig, around: Surroundings, loader: Iterable[Any], **things: Any) -> Parts:
+    """The selector and scheduler of ``config.method`` (not "off"): a collective call.
 
     Args:
         config: of the inputs.
         around: the session.
-        things: what the user gave to ``Slipstream.inputs`` besides the loader: an access ``profile``, and for "fae" its
-            ``calibration`` and a ``test_loss``.
+        loader: the first that the user gave to ``Slipstream.inputs``.
+        things: what else the user gave there: an access ``profile``, and for "fae" its ``calibration`` and a
+            ``test_loss``.
 
     Raises:
         InputError: the method takes no such thing, or lacks one.
@@ -68,15 +71,15 @@ def make(config: InputsConfig, around: Surroundings, **things: Any) -> Parts:
             f"method={config.method!r} takes no {', '.join(unknown)}; give it "
             f"{'nothing but the loader' if not takes else 'the loader, and where wanted ' + ', '.join(takes)}"
         )
-    return builder(config, around, **things)
+    return builder(config, around, loader, **things)
 
 
-def _random(config: InputsConfig, around: Surroundings) -> Parts:
+def _random(config: InputsConfig, around: Surroundings, _: Iterable[Any]) -> Parts:
     weighs = config.weigh is True
     return RandomDrop(config.drop_share, seed=config.seed, rank=around.ranks.mine, weighs=weighs), OneLane()
 
 
-def _negatives(config: InputsConfig, around: Surroundings, *, weighs: bool = True) -> Parts:
+def _negatives(config: InputsConfig, around: Surroundings, _: Iterable[Any], *, weighs: bool) -> Parts:
     selector = NegativeSampling(
         config.drop_share,
         seed=config.seed,
@@ -87,44 +90,89 @@ def _negatives(config: InputsConfig, around: Surroundings, *, weighs: bool = Tru
     return selector, OneLane()
 
 
-def _slipstream(config: InputsConfig, around: Surroundings, *, profile: AccessProfile | None = None) -> Parts:
-    knobs = SlipstreamKnobs(**{one.name: getattr(config, one.name) for one in fields(SlipstreamKnobs)})
+def _slipstream(
+    config: InputsConfig, around: Surroundings, loader: Iterable[Any], *, profile: AccessProfile | None = None
+) -> Parts:
     tables = model_tables(around.model)
     hot: RowSets | Callable[[], RowSets] | None = None
-    if (budget := config.hot_bytes) is not None:
+    if (budget := config.slipstream.hot_bytes) is not None:
         own = around.profile
         hot = hot_of_profile(tables, profile, budget) if profile else lambda: hot_of_profile(tables, own(), budget)
-    shards = watched_shards(around.filters)
-    return SlipstreamSelector(knobs, tables, shards, hot, around.ranks, scale=around.scale), OneLane()
+    selector = SlipstreamSelector(
+        _in_steps(config.slipstream, loader, around.ranks),
+        tables,
+        watched_shards(around.filters),
+        hot,
+        around.ranks,
+        drop_share=config.drop_share,
+        seed=config.seed,
+        scale=around.scale,
+    )
+    return selector, OneLane()
+
+
+def _in_steps(config: SlipstreamInputs, loader: Iterable[Any], ranks: Ranks) -> SlipstreamInputs:
+    """The same with ``snapshot_steps`` for its ``snapshot_share``, of the shortest loader of all ranks."""
+    if config.snapshot_share is None:
+        return config
+    (batches,) = ranks.least([_length(loader)])
+    if batches < 0:
+        raise InputError(
+            f"snapshot_share={config.snapshot_share} is of the batches of an epoch, and a {type(loader).__name__} has "
+            "no length (on this rank or another); give snapshot_steps instead"
+        )
+    return replace(config, snapshot_steps=max(1, round(config.snapshot_share * batches)), snapshot_share=None)
+
+
+def _length(loader: Iterable[Any]) -> int:
+    """-1 where it has none."""
+    try:
+        return len(loader) if isinstance(loader, Sized) else -1
+    except TypeError:  # a DataLoader of an IterableDataset
+        return -1
 
 
 def _fae(
     config: InputsConfig,
     around: Surroundings,
+    _: Iterable[Any],
     *,
     profile: AccessProfile | None = None,
     calibration: Calibration | None = None,
     test_loss: Callable[[], float] | None = None,
 ) -> Parts:
-    tables = model_tables(around.model)
+    tables, ranks = model_tables(around.model), around.ranks
     if calibration is not None and profile is not None:
-        hot = hot_of_calibration(tables, calibration, profile)
-    elif profile is not None and config.hot_bytes is not None:
-        hot = hot_of_profile(tables, profile, config.hot_bytes)
+        selector = FaeSelector(hot_of_calibration(tables, calibration, profile))
+    elif profile is not None and config.fae.hot_bytes is not None:
+        selector = FaeSelector(hot_of_profile(tables, profile, config.fae.hot_bytes))
+    elif around.moves is not None and profile is None:
+        selector = FaeSelector(partial(hot_of_overlays, tables, around.filters, around.placement, ranks), around.moves)
     elif around.placement is not None and profile is None:
-        hot = hot_of_placement(tables, around.placement)
+        selector = FaeSelector(hot_of_placement(tables, around.placement))
     else:
         raise InputError(
-            "method='fae' has to know which rows are hot: attach the session with a placement, or give inputs() a "
-            "profile, and InputsConfig hot_bytes or inputs() a calibration"
+            "method='fae' has to know which rows are hot: attach the session with a placement or hbm_budget, or give "
+            "inputs() a profile, and FaeInputs hot_bytes or inputs() a calibration"
         )
-    total = around.ranks.total
-    return FaeSelector(hot), ShuffleScheduler(config.window, config.rate, config.patience, test_loss, total)
+    return selector, ShuffleScheduler(config.fae, test_loss, ranks.total)
+
+
+def told_by(selector: Selector) -> dict[str, Any]:
+    """What the report shows of a method besides counts of samples and look-ups: arguments of :meth:`Tally.report`."""
+    if isinstance(selector, FaeSelector):
+        return {"lanes": ("cold", "hot")}
+    if isinstance(selector, SlipstreamSelector):
+        searches = [
+            SearchReport(step=one.step, stale_rows=one.stale_rows, **asdict(one.found)) for one in selector.searches
+        ]
+        return {"searches": searches, "classified": selector.shares.remaining, "hot": selector.shares.hot}
+    return {}
 
 
 _METHODS: dict[str, tuple[Callable[..., Parts], tuple[str, ...]]] = {
     "random": (_random, ()),
-    "negatives": (_negatives, ()),
+    "negatives": (partial(_negatives, weighs=True), ()),
     "thinning": (partial(_negatives, weighs=False), ()),
     "slipstream": (_slipstream, ("profile",)),
     "fae": (_fae, ("profile", "calibration", "test_loss")),

@@ -11,10 +11,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from torchrec_slipstream.inputs.rows import Ranks, RowSets, ShardRows
+from torchrec_slipstream.inputs.rows import RowSets, ShardRows
+from torchrec_slipstream.ranks import Ranks
+from torchrec_slipstream.tbe import TableShard
 from torchrec_slipstream.tbe.features import ModelTable
 
-MOVEMENTS = ("plain", "per_touch", "relative")
 # Rows are compared in parts of so many bytes, which bounds the memory needed besides the snapshot.
 _CHUNK_BYTES = 64 * 2**20
 
@@ -26,22 +27,12 @@ class WatchedShard(Protocol):
     """A shard of this rank whose rows train: where it lies in its table, its weights and its look-ups."""
 
     @property
-    def key(self) -> str: ...
-    @property
-    def table(self) -> str: ...
-    @property
-    def row_offset(self) -> int: ...
-    @property
-    def col_offset(self) -> int: ...
-    @property
-    def rows(self) -> int: ...
-    @property
-    def columns(self) -> int: ...
+    def at(self) -> TableShard: ...
     @property
     def device(self) -> torch.device: ...
 
     def weights(self, rows: Tensor) -> Tensor:
-        """``[n, columns]``, a copy of the current weights of ``rows`` (int64 ``[n]``, of the shard)."""
+        """``[n, dim]``, a copy of the current weights of ``rows`` (int64 ``[n]``, of the shard)."""
         ...
 
     def touches(self, rows: Tensor) -> Tensor:
@@ -78,7 +69,7 @@ class Snapshot:
         # Counts near the end of int32 are lowered (RowCounts.lower_high): such a row was touched, and how.
         touched = torch.where(touched < 0, 2**30, touched) * scale
         moved = torch.empty(self.rows.numel(), dtype=torch.float32, device=self.rows.device)
-        part = max(1, _CHUNK_BYTES // (4 * self.shard.columns))
+        part = max(1, _CHUNK_BYTES // (4 * self.shard.at.dim))
         for begin in range(0, self.rows.numel(), part):
             some = slice(begin, begin + part)
             before = self._weights[some].float()
@@ -109,7 +100,7 @@ def snapshots(shards: Iterable[WatchedShard], hot: RowSets) -> list[Snapshot]:
     """Of the hot rows of all shards."""
     taken = []
     for shard in shards:
-        part = hot.of(shard.table)[shard.row_offset : shard.row_offset + shard.rows]
+        part = hot.of(shard.at.fqn)[shard.at.row_offset : shard.at.row_offset + shard.at.rows]
         taken.append(Snapshot(shard, part.nonzero().squeeze(1)))
     return taken
 
@@ -124,10 +115,9 @@ class ShardMovement:
 
     def below(self, threshold: float) -> ShardRows:
         """The shard's rows that moved less."""
-        mask = np.zeros(self.shard.rows, dtype=np.bool_)
+        mask = np.zeros(self.shard.at.rows, dtype=np.bool_)
         mask[self.rows[self.moved.astype(np.float64) < threshold]] = True
-        shard = self.shard
-        return ShardRows(shard.table, shard.row_offset, shard.col_offset, shard.columns, mask)
+        return ShardRows.of(self.shard.at, mask)
 
 
 @dataclass(frozen=True)
@@ -163,7 +153,7 @@ def movements_of(
         lookups = np.zeros(len(ids), dtype=np.int64)
         np.add.at(lookups, places, np.concatenate([counts for _, counts in asked[fqn]]))
         found[fqn] = TableMovement(ids, lookups, np.zeros(len(ids)))
-    answers = [_answer(one, found[one.shard.table].ids) for one in mine if one.shard.table in found]
+    answers = [_answer(one, found[one.shard.at.fqn].ids) for one in mine if one.shard.at.fqn in found]
     columns = {fqn: np.zeros(len(one.ids), dtype=np.int64) for fqn, one in found.items()}
     seen = set()
     for of_rank in ranks.gather(answers):
@@ -179,10 +169,10 @@ def movements_of(
 
 def _answer(one: ShardMovement, ids: Ints) -> tuple[str, tuple[int, int], int, Ints, Floats]:
     """Of the ``ids`` those that the shard has, and their movement."""
-    shard = one.shard
+    shard = one.shard.at
     _, at, here = np.intersect1d(ids - shard.row_offset, one.rows, assume_unique=True, return_indices=True)
     place = shard.row_offset, shard.col_offset
-    return shard.table, place, shard.columns, at.astype(np.int64), one.moved[here]
+    return shard.fqn, place, shard.dim, at.astype(np.int64), one.moved[here]
 
 
 @dataclass(frozen=True)

@@ -1,73 +1,29 @@
 """Sets of rows, and which look-ups of a batch are in them: hot rows for FAE, stale rows for Slipstream.
 
 A loader's batch has look-ups of rows on all ranks, so every rank keeps every table's set. Memory: 1 byte of host memory
-for every row of a table of which some rows are in the set, nothing for a table of which all or none are. Ranks send
-each other 1 bit a row.
+for every row of a table of which some rows are in the set, nothing for a table of which all or none are; and as much on
+a device from the first batch that lies there. Ranks send each other 1 bit a row.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
 from torchrec_slipstream.errors import InputError, StateError
+from torchrec_slipstream.ranks import Ranks
+from torchrec_slipstream.tbe import TableShard
 from torchrec_slipstream.tbe.features import ModelTable
 
 Bools = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Who agrees: the ranks of a group, and the device that it wants its tensors on; None: this process alone."""
-
-    group: dist.ProcessGroup | None = None
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    @property
-    def number(self) -> int:
-        return 1 if self.group is None else dist.get_world_size(self.group)
-
-    @property
-    def mine(self) -> int:
-        return 0 if self.group is None else dist.get_rank(self.group)
-
-    def total(self, values: Tensor) -> Tensor:
-        """The sum over the ranks, on the CPU."""
-        if self.number == 1:
-            return values.cpu()
-        values = values.to(self.device)
-        dist.all_reduce(values, group=self.group)
-        return values.cpu()
-
-    def gather(self, mine: Any) -> list[Any]:
-        """Every rank's, by rank. For small things: it is pickled."""
-        if self.number == 1:
-            return [mine]
-        gathered: list[Any] = [None] * self.number
-        dist.all_gather_object(gathered, mine, group=self.group)
-        return gathered
-
-    def each(self, mine: npt.NDArray[np.uint8], sizes: Sequence[int]) -> Iterator[npt.NDArray[np.uint8]]:
-        """Every rank's bytes in turn; ``sizes``: how many each has."""
-        for rank, size in enumerate(sizes):
-            if self.group is None or self.number == 1:
-                yield mine
-            elif size == 0:
-                yield np.empty(0, dtype=np.uint8)
-            else:
-                moving = torch.from_numpy(mine) if rank == self.mine else torch.empty(size, dtype=torch.uint8)
-                moving = moving.to(self.device)
-                dist.broadcast(moving, dist.get_global_rank(self.group, rank), group=self.group)
-                yield moving.cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -83,6 +39,11 @@ class ShardRows:
     columns: int
     rows: Bools
 
+    @classmethod
+    def of(cls, shard: TableShard, rows: Bools) -> ShardRows:
+        """The set of a shard that this rank has."""
+        return cls(shard.fqn, shard.row_offset, shard.col_offset, shard.dim, rows)
+
 
 @dataclass(frozen=True)
 class SampleLookups:
@@ -90,7 +51,7 @@ class SampleLookups:
 
     Attributes:
         features: those of the batch's features that look up in a table, ``F`` of them.
-        lookups, inside: int64 ``[F, B]``.
+        lookups, inside: int64 ``[F, B]``, where the batch lies.
     """
 
     features: tuple[str, ...]
@@ -119,6 +80,7 @@ class RowSets:
         self._of_feature: dict[str, list[ModelTable]] = {}
         # With a False at either end, where ids that are no rows are sent.
         self._padded: dict[str, Tensor] = {}
+        self._copies: dict[torch.device, dict[str, Tensor]] = {}
         self._whole: set[str] = set()
         for fqn, table in self.tables.items():
             for feature in table.features:
@@ -196,24 +158,35 @@ class RowSets:
         return self._of_feature.get(feature, ())
 
     def lookups_in(self, features: KeyedJaggedTensor) -> Tensor:
-        """bool ``[look-ups]`` on the CPU, in the order of ``features.values()``. Those of a feature that looks up in
-        no table are False."""
-        ids = features.values().cpu()
-        inside = torch.zeros(ids.numel(), dtype=torch.bool)
+        """bool ``[look-ups]`` where the batch lies, in the order of ``features.values()``.
+
+        Those of a feature that looks up in no table are False. On a GPU the host waits for ``offset_per_key()``, unless
+        the KJT knows it from before it was copied there.
+        """
+        ids = features.values()
+        sets = self._padded_on(ids.device)
+        inside = torch.zeros(ids.numel(), dtype=torch.bool, device=ids.device)
         bounds = features.offset_per_key()
         for feature, begin, end in zip(features.keys(), bounds[:-1], bounds[1:], strict=True):
-            tables = self._of_feature.get(feature, ())
+            tables = self.tables_of(feature)
             if begin == end or not tables:
                 continue
-            part = self._are_in(tables[0], ids[begin:end])
+            part = self._are_in(tables[0], ids[begin:end], sets)
             for table in tables[1:]:
-                part = part & self._are_in(table, ids[begin:end])
+                part = part & self._are_in(table, ids[begin:end], sets)
             inside[begin:end] = part
         return inside
 
-    def _are_in(self, table: ModelTable, ids: Tensor) -> Tensor:
-        if table.fqn in self._padded:
-            return self._padded[table.fqn].index_select(0, (ids + 1).clamp(0, table.rows + 1))
+    def _padded_on(self, device: torch.device) -> Mapping[str, Tensor]:
+        if device.type == "cpu":
+            return self._padded
+        if device not in self._copies:
+            self._copies[device] = {fqn: rows.to(device) for fqn, rows in self._padded.items()}
+        return self._copies[device]
+
+    def _are_in(self, table: ModelTable, ids: Tensor, sets: Mapping[str, Tensor]) -> Tensor:
+        if table.fqn in sets:
+            return sets[table.fqn].index_select(0, (ids + 1).clamp(0, table.rows + 1))
         if table.fqn in self._whole:
             return (ids >= 0) & (ids < table.rows)
         return torch.zeros_like(ids, dtype=torch.bool)
@@ -231,9 +204,9 @@ class RowSets:
         for one in features:
             keys, size = one.keys(), one.stride()
             known = [place for place, key in enumerate(keys) if key in self._of_feature]
-            found = _sum_bags(self.lookups_in(one), one.offsets().cpu()).view(len(keys), size)
+            found = _sum_bags(self.lookups_in(one), one.offsets()).view(len(keys), size)
             inside.append(found[known])
-            lookups.append(one.lengths().cpu().long().view(len(keys), size)[known])
+            lookups.append(one.lengths().long().view(len(keys), size)[known])
             names += [keys[place] for place in known]
         return SampleLookups(tuple(names), torch.cat(lookups), torch.cat(inside))
 
@@ -276,10 +249,12 @@ class RowSets:
 
 def _sum_bags(mask: Tensor, offsets: Tensor) -> Tensor:
     """int64 ``[bags]``, how many of each bag's look-ups are set."""
-    # In int32, and not by torch.cumsum: a large batch's running count is mostly new memory, and half of it is faster.
-    running = np.zeros(mask.numel() + 1, dtype=np.int32)
-    np.cumsum(mask.numpy(), dtype=np.int32, out=running[1:])
-    return torch.from_numpy(np.diff(running[offsets.numpy()])).long()
+    running = torch.zeros(mask.numel() + 1, dtype=torch.int32, device=mask.device)
+    if mask.is_cpu:  # where torch.cumsum takes longer
+        np.cumsum(mask.numpy(), dtype=np.int32, out=running[1:].numpy())
+    else:
+        torch.cumsum(mask, 0, dtype=torch.int32, out=running[1:])
+    return running.index_select(0, offsets).diff().long()
 
 
 def _bytes(rows: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
+from torchrec_slipstream.inputs.batches import concat, select
 from torchrec_slipstream.inputs.movement import TableMovement
 from torchrec_slipstream.inputs.rows import RowSets, SampleLookups
 
@@ -35,6 +37,61 @@ class Found:
     share: float
     met: bool
     samples: int
+
+
+@dataclass(frozen=True)
+class Search:
+    """One search: the step it was after, what it found, the threshold of each table, and the stale rows."""
+
+    step: int
+    found: Found
+    thresholds: dict[str, float]
+    stale_rows: int
+
+
+@dataclass
+class _Sampled:
+    """A KJT as the batch that :func:`select` and :func:`concat` want."""
+
+    features: KeyedJaggedTensor
+
+
+class Sample:
+    """The look-ups of the inputs that are kept for a search, on the CPU."""
+
+    def __init__(self) -> None:
+        self._batches: list[list[_Sampled]] = []
+
+    def add(self, features: Sequence[KeyedJaggedTensor], chosen: Tensor) -> None:
+        """Keep the ``chosen`` inputs (int64 ``[n]``, on the CPU) of a batch; ``features``: all its KJTs."""
+        if chosen.numel():
+            self._batches.append([select(_Sampled(KeyedJaggedTensor(**_packed(one))), chosen) for one in features])
+
+    def clear(self) -> None:
+        """Keep none."""
+        self._batches = []
+
+    def hot(self, rows: RowSets) -> list[KeyedJaggedTensor]:
+        """The inputs all of whose look-ups are of ``rows``, as one batch's KJTs; none if none was kept."""
+        if not self._batches:
+            return []
+        whole = [concat(list(of_kjt)) for of_kjt in zip(*self._batches, strict=True)]
+        chosen = rows.samples([one.features for one in whole]).all_inside.nonzero().squeeze(1)
+        return [select(one, chosen).features for one in whole]
+
+    def state_dict(self) -> list[list[dict[str, Any]]]:
+        """All KJTs, taken apart."""
+        return [[_packed(one.features) for one in of_batch] for of_batch in self._batches]
+
+    def load_state_dict(self, state: Sequence[Sequence[dict[str, Any]]]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._batches = [[_Sampled(KeyedJaggedTensor(**one)) for one in of_batch] for of_batch in state]
+
+
+def _packed(features: KeyedJaggedTensor) -> dict[str, Any]:
+    """On the CPU, without weights, which no movement depends on."""
+    values, lengths = features.values().cpu(), features.lengths().cpu()
+    return {"keys": features.keys(), "values": values, "lengths": lengths, "stride": features.stride()}
 
 
 def bisect(critical: Floats, target: float, window: float, highest: float, total: Callable[[Tensor], Tensor]) -> Found:
@@ -134,7 +191,7 @@ def is_stale(counts: SampleLookups, stale: RowSets, least: int | None, *, each_t
         return counts.all_inside & (counts.lookups.sum(dim=0) > 0)
     if not each_table:
         return counts.inside.sum(dim=0) >= least
-    found = torch.ones(counts.inside.shape[1], dtype=torch.bool)
+    found = torch.ones(counts.inside.shape[1], dtype=torch.bool, device=counts.inside.device)
     by_table: dict[str, list[int]] = {}
     for place, feature in enumerate(counts.features):
         for table in stale.tables_of(feature):

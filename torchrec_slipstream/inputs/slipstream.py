@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
+from torchrec_slipstream.config import SlipstreamInputs
 from torchrec_slipstream.errors import ConfigError, StateError
-from torchrec_slipstream.inputs.batches import concat, kjts_of, select, size_of
+from torchrec_slipstream.inputs.batches import kjts_of, size_of
 from torchrec_slipstream.inputs.choice import Choice
 from torchrec_slipstream.inputs.movement import (
     Scale,
@@ -23,17 +23,38 @@ from torchrec_slipstream.inputs.movement import (
     movements_of,
     snapshots,
 )
-from torchrec_slipstream.inputs.rows import Ranks, RowSets
-from torchrec_slipstream.inputs.search import Found, bisect, critical_movement, is_stale, rows_looked_up
-from torchrec_slipstream.inputs.slipstream_knobs import Search, SlipstreamKnobs, SlipstreamShares
+from torchrec_slipstream.inputs.rows import RowSets
+from torchrec_slipstream.inputs.search import (
+    Found,
+    Sample,
+    Search,
+    bisect,
+    critical_movement,
+    is_stale,
+    rows_looked_up,
+)
+from torchrec_slipstream.ranks import Ranks
 from torchrec_slipstream.tbe.features import ModelTable
 
 
-@dataclass
-class _Sampled:
-    """A KJT as the batch that :func:`select` and :func:`concat` want."""
+@dataclass(frozen=True)
+class SlipstreamShares:
+    """Inputs that a rank read.
 
-    features: KeyedJaggedTensor
+    Attributes:
+        inputs: all.
+        remaining: those read while a set of stale rows was there.
+        hot: of the remaining, those whose look-ups are all of hot rows.
+        dropped: of the hot ones.
+    """
+
+    inputs: int = 0
+    remaining: int = 0
+    hot: int = 0
+    dropped: int = 0
+
+    def __add__(self, other: SlipstreamShares) -> SlipstreamShares:
+        return SlipstreamShares(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
 
 
 class SlipstreamSelector:
@@ -56,8 +77,8 @@ class SlipstreamSelector:
       dropped;
     * look-ups of tables whose rows no rank watches (data parallel, excluded, sketched) do not count; there are none;
     * an input without look-ups is never dropped;
-    * the shares reported are of all inputs, of those that remained, and of the hot ones among them
-      (:class:`SlipstreamShares`); there of all hot inputs, while D is of the remaining ones;
+    * :class:`SlipstreamShares` tells what was dropped of all inputs, of those that remained, and of the hot ones among
+      them; there the share is of all hot inputs, while D is of the remaining ones;
     * ``movement="per_touch"`` takes out that movement shrinks by itself under Adagrad; ``"relative"`` and ``per_table``
       are two readings of the paper's "feature normalisation", which the artefact lacks;
     * ``again`` thaws all rows and searches anew; there it is done once and never undone.
@@ -69,11 +90,13 @@ class SlipstreamSelector:
     :class:`RowSets`.
 
     Args:
-        knobs: the numbers.
+        config: the numbers; ``hot_bytes`` and ``snapshot_share`` are not read.
         tables: the model's, the same on all ranks.
         shards: this rank's shards that train and are counted. Rows of others are never stale.
         hot: which rows are hot; or what says so when the snapshot is taken, a collective call of all ranks; None: all.
         ranks: who agrees.
+        drop_share: D, share of the hot inputs that the search aims at, in ``[0, 1)``.
+        seed: of the search's sample.
         scale: look-ups that a counted one stands for (``AccessConfig.scale``).
 
     Raises:
@@ -85,20 +108,23 @@ class SlipstreamSelector:
 
     def __init__(
         self,
-        knobs: SlipstreamKnobs,
+        config: SlipstreamInputs,
         tables: Sequence[ModelTable],
         shards: Iterable[WatchedShard],
         hot: RowSets | Callable[[], RowSets] | None,
         ranks: Ranks,
         *,
+        drop_share: float,
+        seed: int = 0,
         scale: int = 1,
     ) -> None:
-        if callable(hot) and knobs.start == 0:
+        if callable(hot) and config.start == 0:
             raise ConfigError(
                 "start=0: before the first step no look-up is counted, so no row is hot. Give start the steps that the "
                 "counts need, or give a profile, a placement, or hot_bytes=None (all rows)"
             )
-        self.knobs = knobs
+        self.config = config
+        self._drop_share, self._seed = drop_share, seed
         self.stale: RowSets | None = None
         self.searches: list[Search] = []
         self.shares = SlipstreamShares()
@@ -108,10 +134,10 @@ class SlipstreamSelector:
         self._hot = hot if isinstance(hot, RowSets) else None if callable(hot) else RowSets.all_rows(tables)
         self._ranks = ranks
         self._scale = scale
-        self._begin: int | None = knobs.start
+        self._begin: int | None = config.start
         self._before: list[Snapshot] | None = None
         self._batches = self._steps = 0
-        self._sampled: list[list[_Sampled]] = []
+        self._sampled = Sample()
 
     # ------------------------------------------------------------------------------------------- a batch
 
@@ -127,21 +153,16 @@ class SlipstreamSelector:
             self._sample(features, size)
         if self.stale is not None and self._hot is not None:
             hot = self._hot.samples(features).all_inside
-            keep = ~(hot & self._are_stale(features))
+            stale = self.stale.samples(features)
+            config = self.config
+            keep = ~(hot & is_stale(stale, self.stale, config.stale_lookups, each_table=config.each_table)).cpu()
             self.shares += SlipstreamShares(0, size, int(hot.sum()), size - int(keep.sum()))
         return Choice(keep)
 
-    def _are_stale(self, features: Sequence[KeyedJaggedTensor]) -> Tensor:
-        assert self.stale is not None
-        knobs = self.knobs
-        counts = self.stale.samples(features)
-        return is_stale(counts, self.stale, knobs.stale_lookups, each_table=knobs.each_table)
-
     def _sample(self, features: Sequence[KeyedJaggedTensor], size: int) -> None:
-        generator = torch.Generator().manual_seed((self.knobs.seed << 40) ^ (self._ranks.mine << 24) ^ self._batches)
-        chosen = (torch.rand(size, generator=generator) < self.knobs.sample_share).nonzero().squeeze(1)
-        if chosen.numel():
-            self._sampled.append([select(_Sampled(_bare(one)), chosen) for one in features])
+        generator = torch.Generator().manual_seed((self._seed << 40) ^ (self._ranks.mine << 24) ^ self._batches)
+        chosen = (torch.rand(size, generator=generator) < self.config.sample_share).nonzero().squeeze(1)
+        self._sampled.add(features, chosen)
 
     # ------------------------------------------------------------------------------------------- a step
 
@@ -153,7 +174,7 @@ class SlipstreamSelector:
             return
         if self._before is None:
             self._take_snapshots()
-        if self._steps == self._begin + self.knobs.snapshot_steps:
+        if self._steps == self._begin + self.config.snapshot_steps:
             self._search(steps)
 
     def _take_snapshots(self) -> None:
@@ -167,34 +188,36 @@ class SlipstreamSelector:
     def _search(self, steps: int) -> None:
         assert self._before is not None
         assert self._begin is not None
-        knobs = self.knobs
-        least = -(-knobs.min_touches // self._scale) * self._scale
-        moved = [one.movement(knobs.movement, least, self._scale) for one in self._before]
-        watched = {fqn for of_rank in self._ranks.gather({one.table for one in self._shards}) for fqn in of_rank}
+        config = self.config
+        least = -(-config.min_touches // self._scale) * self._scale
+        moved = [one.movement(config.movement, least, self._scale) for one in self._before]
+        watched = {fqn for of_rank in self._ranks.gather({one.at.fqn for one in self._shards}) for fqn in of_rank}
         tables = [table for table in self._tables.values() if table.fqn in watched]
         found, thresholds = self._find(moved, RowSets(tables, {}))
-        below = [one.below(thresholds[one.shard.table]) for one in moved]
+        below = [one.below(thresholds[one.shard.at.fqn]) for one in moved]
         self.stale = RowSets.gathered(tables, below, self._ranks)
         self.searches.append(Search(steps, found, thresholds, sum(self.stale.sizes().values())))
         if not found.met and self._ranks.mine == 0:
             warnings.warn(
-                f"Slipstream's search found no threshold that drops {knobs.drop_share:.0%} +- "
-                f"{knobs.search_window:.0%} of {found.samples} sampled hot inputs; the best, {found.threshold:.3g}, "
+                f"Slipstream's search found no threshold that drops {self._drop_share:.0%} +- "
+                f"{config.search_window:.0%} of {found.samples} sampled hot inputs; the best, {found.threshold:.3g}, "
                 f"drops {found.share:.1%}. Sample more (sample_share), wait longer (start, snapshot_steps), or widen "
                 "search_window or max_threshold",
                 stacklevel=2,
             )
-        self._before, self._sampled = None, []
-        self._begin = self._begin + knobs.again if knobs.again else None
+        self._before = None
+        self._sampled.clear()
+        self._begin = self._begin + config.again if config.again else None
 
     def _find(self, moved: Sequence[ShardMovement], watched: RowSets) -> tuple[Found, dict[str, float]]:
         """How the search went, and the threshold of every watched table."""
-        knobs = self.knobs
-        sampled = self._hot_sampled()
+        config = self.config
+        assert self._hot is not None
+        sampled = self._sampled.hot(self._hot)
         movements = movements_of(rows_looked_up(sampled, watched), watched.tables, moved, self._ranks)
-        highest = knobs.max_threshold
-        scales = {fqn: Scale.of(one) for fqn, one in movements.items()} if knobs.per_table else {}
-        if knobs.per_table:
+        highest = config.max_threshold
+        scales = {fqn: Scale.of(one) for fqn, one in movements.items()} if config.per_table else {}
+        if config.per_table:
             movements = {fqn: scales[fqn].shares(one) for fqn, one in movements.items()}
             highest = 1.0
         elif highest is None:
@@ -202,22 +225,14 @@ class SlipstreamSelector:
             highest = float(np.nextafter(max([0.0, *finite]), np.inf))
         critical = np.empty(0)
         if sampled:
-            critical = critical_movement(sampled, movements, watched, knobs.stale_lookups, each_table=knobs.each_table)
-        found = bisect(critical, knobs.drop_share, knobs.search_window, highest, self._ranks.total)
-        if not knobs.per_table:
+            least, each_table = config.stale_lookups, config.each_table
+            critical = critical_movement(sampled, movements, watched, least, each_table=each_table)
+        found = bisect(critical, self._drop_share, config.search_window, highest, self._ranks.total)
+        if not config.per_table:
             return found, dict.fromkeys(watched.tables, found.threshold)
         # Nothing was sampled of a table without a scale: nothing is known of its rows.
         thresholds = dict.fromkeys(watched.tables, 0.0)
         return found, thresholds | {fqn: scale.threshold(found.threshold) for fqn, scale in scales.items()}
-
-    def _hot_sampled(self) -> list[KeyedJaggedTensor]:
-        """The sampled inputs that are hot, as one batch's KJTs; none if there is no sample."""
-        if not self._sampled:
-            return []
-        assert self._hot is not None
-        whole = [concat(list(of_kjt)) for of_kjt in zip(*self._sampled, strict=True)]
-        chosen = self._hot.samples([one.features for one in whole]).all_inside.nonzero().squeeze(1)
-        return [select(one, chosen).features for one in whole]
 
     # ------------------------------------------------------------------------------------------- its state
 
@@ -225,7 +240,7 @@ class SlipstreamSelector:
         """Snapshots of this rank's shards, sampled inputs, and the sets of rows; small once the search is over."""
         return {
             "selector": "slipstream",
-            "knobs": asdict(self.knobs),
+            "knobs": self._knobs(),
             "shares": asdict(self.shares),
             "searches": [asdict(one) for one in self.searches],
             "begin": self._begin,
@@ -234,8 +249,8 @@ class SlipstreamSelector:
             "hot": None if self._hot is None else self._hot.state_dict(),
             "stale": None if self.stale is None else self.stale.state_dict(),
             "watched": None if self.stale is None else sorted(self.stale.tables),
-            "before": None if self._before is None else {one.shard.key: one.state_dict() for one in self._before},
-            "sampled": [[_packed(one.features) for one in of_batch] for of_batch in self._sampled],
+            "before": None if self._before is None else {one.shard.at.key: one.state_dict() for one in self._before},
+            "sampled": self._sampled.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -246,10 +261,10 @@ class SlipstreamSelector:
         """
         if state.get("selector") != "slipstream":
             raise StateError(f"this is the state of another selector ({state.get('selector')!r}), not of Slipstream's")
-        if differing := [name for name, value in asdict(self.knobs).items() if state["knobs"].get(name) != value]:
+        if differing := [name for name, value in self._knobs().items() if state["knobs"].get(name) != value]:
             raise StateError(f"the saved state was made with another configuration: {differing} differ; use the same")
         before = state["before"]
-        keys = {one.key for one in self._shards}
+        keys = {one.at.key for one in self._shards}
         if before is not None and before.keys() != keys:
             raise StateError(
                 f"the saved snapshots are of shards {sorted(before)[:3]}, this rank has {sorted(keys)[:3]}; resume "
@@ -265,16 +280,9 @@ class SlipstreamSelector:
         self.searches = [Search(**{**one, "found": Found(**one["found"])}) for one in state["searches"]]
         self._begin, self._batches, self._steps = state["begin"], state["batches"], state["steps"]
         if before is not None:
-            before = [Snapshot.from_state(one, before[one.key]) for one in self._shards]
+            before = [Snapshot.from_state(one, before[one.at.key]) for one in self._shards]
         self._before = before
-        self._sampled = [[_Sampled(KeyedJaggedTensor(**one)) for one in of_batch] for of_batch in state["sampled"]]
+        self._sampled.load_state_dict(state["sampled"])
 
-
-def _bare(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-    """On the CPU, without weights, which no movement depends on."""
-    return KeyedJaggedTensor(**_packed(features))
-
-
-def _packed(features: KeyedJaggedTensor) -> dict[str, Any]:
-    values, lengths = features.values().cpu(), features.lengths().cpu()
-    return {"keys": features.keys(), "values": values, "lengths": lengths, "stride": features.stride()}
+    def _knobs(self) -> dict[str, Any]:
+        return asdict(self.config) | {"drop_share": self._drop_share, "seed": self._seed}

@@ -13,9 +13,9 @@ from torchrec_slipstream.errors import InputError, StateError
 from torchrec_slipstream.inputs.batches import device_of, is_pinned, select, size_of, with_weights
 from torchrec_slipstream.inputs.choice import Choice, Scheduler, Selector
 from torchrec_slipstream.inputs.dealing import Lockstep, evened, waiting
-from torchrec_slipstream.inputs.handed_out import HandedOut
-from torchrec_slipstream.inputs.lane import Lane
 from torchrec_slipstream.inputs.packing import pack, unpack
+from torchrec_slipstream.inputs.queues import HandedOut, Lane
+from torchrec_slipstream.inputs.reading import Reader
 from torchrec_slipstream.inputs.tally import Tally
 
 _READING, _OVER, _FAILED = range(3)
@@ -32,7 +32,7 @@ class InputStream(Iterator[Any]):
     is handed out once, or dropped, or left over.
 
     Args:
-        loader: iterated once; its batches as ``batches.py`` says, their first of the same size on all ranks.
+        loader: of this rank; its batches as ``batches.py`` says, their first of the same size on all ranks.
         selector, scheduler: what is kept, and in which order it goes out.
         ranks: in lockstep with which.
         tally: counts what passes.
@@ -58,13 +58,10 @@ class InputStream(Iterator[Any]):
         tally: Tally,
         handed_out: HandedOut,
     ) -> None:
-        self._loader, self.selector, self._scheduler = loader, selector, scheduler
+        self._reader, self.selector, self._scheduler = Reader(loader), selector, scheduler
         self._ranks, self._tally, self._handed_out = ranks, tally, handed_out
         self._lanes = [Lane() for _ in range(selector.lanes)]
         self._counts = [[0] * selector.lanes for _ in range(ranks.ranks)]
-        self._iterator: Iterator[Any] | None = None
-        self._read = 0  # input batches
-        self._is_restored = False  # the loader, by a state of its own
         self._first_size = self._size = 0
         self._until_deal = scheduler.window
         self._exhausted = self._all_exhausted = False
@@ -97,7 +94,7 @@ class InputStream(Iterator[Any]):
         except BaseException:
             self._broken = True
             raise
-        self._tally.used += size_of(batch)
+        self._tally.hand_out(lane, size_of(batch))
         self._handed_out.add(batch)
         return batch.pin_memory() if self._pins and not is_pinned(batch) else batch
 
@@ -160,22 +157,13 @@ class InputStream(Iterator[Any]):
             )
         self._counts = [counts for _, _, *counts in told]
         self._all_exhausted = all(of_rank == _OVER for of_rank, *_ in told)
-        sizes = {rank: size for rank, (_, size, *_) in enumerate(told) if size}
-        if not self._size and sizes:
-            if len(set(sizes.values())) > 1:
-                raise InputError(
-                    f"the loaders' first batches have {sizes} samples by rank; give all ranks the same batch size"
-                )
-            self._size = next(iter(sizes.values()))
+        self._size = self._size or _common({rank: size for rank, (_, size, *_) in enumerate(told) if size})
 
     def _read_one(self) -> bool:
         """Read, choose and buffer one input batch; False where there is none."""
-        if self._iterator is None:
-            self._iterator = self._read_on()
-        batch = next(self._iterator, _END)
+        batch = next(self._reader, _END)
         if batch is _END:
             return False
-        self._read += 1
         if not (size := size_of(batch)):
             return True
         self._first_size = self._first_size or size
@@ -187,18 +175,6 @@ class InputStream(Iterator[Any]):
         self._check(choice, size)
         self._buffer(batch, choice)
         return True
-
-    def _read_on(self) -> Iterator[Any]:
-        """The loader's batches from where the saved run was."""
-        iterator = iter(self._loader)
-        if not self._is_restored:
-            for read in range(self._read):
-                if next(iterator, _END) is _END:
-                    raise StateError(
-                        f"the saved run had read {self._read} input batches, and this loader has {read}; resume with "
-                        "the same data in the same order"
-                    )
-        return iterator
 
     def _check(self, choice: Choice, size: int) -> None:
         weighs = self.selector.weighs
@@ -230,23 +206,16 @@ class InputStream(Iterator[Any]):
 
     # ----------------------------------------------------------------------------------------------------- state
 
-    def _stateful(self) -> Any | None:
-        """The loader, if it has a state as torchdata's StatefulDataLoader."""
-        has = all(hasattr(self._loader, name) for name in ("state_dict", "load_state_dict"))
-        return self._loader if has else None
-
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is: input batches read, the buffered samples, what the ranks know of each other; and the
-        loader's own state, if it has one as torchdata's ``StatefulDataLoader``. Not the selector's and scheduler's.
+        """Where the stream is: the loader's state, the buffered samples, and what the ranks know of each other. Not the
+        selector's and scheduler's.
 
         Raises:
             StateError: the batches' class is defined inside a function.
         """
-        stateful = self._stateful() if self._read or self._exhausted else None
         wholes = [lane.all() for lane in self._lanes]
         return {
-            "read": self._read,
-            "loader": stateful.state_dict() if stateful is not None else None,
+            "reader": self._reader.state_dict(),
             "first_size": self._first_size,
             "size": self._size,
             "until_deal": self._until_deal,
@@ -258,8 +227,7 @@ class InputStream(Iterator[Any]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`, in a stream that nothing was read from. A loader without a state of its own is
-        read on to where it was, when the next batch is asked for.
+        """Go on from :meth:`state_dict`, in a stream that nothing was read from.
 
         Raises:
             StateError: it is of other lanes or another number of ranks. Nothing was changed.
@@ -271,16 +239,21 @@ class InputStream(Iterator[Any]):
                 f"{self._ranks.ranks} and {len(self._lanes)}; resume on as many ranks with the same InputsConfig"
             )
         lanes = [unpack(packed) if packed is not None else None for packed in state["lanes"]]
-        if state["loader"] is not None and (stateful := self._stateful()) is not None:
-            stateful.load_state_dict(state["loader"])
-            self._is_restored = True
-        self._read, self._first_size, self._size = state["read"], state["first_size"], state["size"]
+        self._reader.load_state_dict(state["reader"])
+        self._first_size, self._size = state["first_size"], state["size"]
         self._until_deal = state["until_deal"]
         self._exhausted, self._all_exhausted, self.ended = state["exhausted"], state["all_exhausted"], state["ended"]
         self._counts = [list(of_rank) for of_rank in state["counts"]]
         for lane, samples in zip(self._lanes, lanes, strict=True):
             if samples is not None:
                 lane.add(samples)
+
+
+def _common(sizes: dict[int, int]) -> int:
+    """The size of the first batches, by the ranks that have read one; 0 where none has."""
+    if len(set(sizes.values())) > 1:
+        raise InputError(f"the loaders' first batches have {sizes} samples by rank; give all ranks the same batch size")
+    return next(iter(sizes.values()), 0)
 
 
 def _chosen(batch: Any, members: Tensor, weight: Tensor | None) -> Any | None:

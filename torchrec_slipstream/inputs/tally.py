@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchrec_slipstream.inputs.batches import kjts_of, labels_of
-from torchrec_slipstream.report.inputs import DropCount, InputReport
+from torchrec_slipstream.report.inputs import DropCount, InputReport, LaneCount
+from torchrec_slipstream.tbe.features import ModelTable
 
 _MAX_LABELS = 16
 
@@ -23,6 +24,7 @@ class Tally:
         self.kept_weight = 0.0
         self._labels: tuple[Counter[str], Counter[str]] | None = Counter(), Counter()  # samples read, and dropped
         self._features: tuple[Counter[str], Counter[str]] = Counter(), Counter()  # look-ups read, and kept
+        self._lanes: tuple[Counter[int], Counter[int]] = Counter(), Counter()  # samples handed out, and batches
 
     def count(self, batch: Any, keep: Tensor, weight: Tensor | None, kept: Sequence[Any]) -> None:
         """An input batch was read, and chosen from (``keep`` and ``weight`` as ``Choice`` has them); ``kept`` are the
@@ -35,6 +37,12 @@ class Tally:
         for tally, batches in zip(self._features, ([batch], kept), strict=True):
             for features in [one for some in batches for one in kjts_of(some)]:
                 tally.update(dict(zip(features.keys(), features.length_per_key(), strict=True)))
+
+    def hand_out(self, lane: int, samples: int) -> None:
+        """A batch of so many samples of a lane goes out to be trained on."""
+        self.used += samples
+        self._lanes[0][lane] += samples
+        self._lanes[1][lane] += 1
 
     def _count_labels(self, batch: Any, keep: Tensor) -> None:
         labels = labels_of(batch)
@@ -56,8 +64,25 @@ class Tally:
         if len(values) > _MAX_LABELS or len(read) > _MAX_LABELS:
             self._labels = None
 
-    def report(self, method: str, waiting: int) -> InputReport:
-        """As of now, of this rank; ``waiting`` samples are buffered."""
+    def report(
+        self,
+        method: str,
+        waiting: int,
+        tables: Iterable[ModelTable] = (),
+        lanes: Sequence[str] = (),
+        **found: Any,
+    ) -> InputReport:
+        """As of now, of this rank.
+
+        Args:
+            method: ``InputsConfig.method``.
+            waiting: samples that are buffered.
+            tables: of the model, to count look-ups by; a look-up of a feature of several tables counts in each.
+            lanes: names of the lanes, where there are several.
+            found: what else the method knows: other fields of :class:`InputReport`.
+        """
+        (samples, batches), (read, kept) = self._lanes, self._features
+        by_table = {table.fqn: [key for key in table.features if key in read] for table in tables}
         return InputReport(
             method=method,
             epochs=self.epochs,
@@ -67,22 +92,29 @@ class Tally:
             left_over=self.left_over,
             waiting=waiting,
             kept_weight=self.kept_weight,
-            labels={key: DropCount(read, self._labels[1][key]) for key, read in sorted(self._labels[0].items())}
+            labels={key: DropCount(every, self._labels[1][key]) for key, every in sorted(self._labels[0].items())}
             if self._labels is not None
             else {},
-            features={key: DropCount(all, all - self._features[1][key]) for key, all in self._features[0].items()},
+            features={key: DropCount(every, every - kept[key]) for key, every in read.items()},
+            tables={
+                fqn: DropCount(every := sum(read[key] for key in keys), every - sum(kept[key] for key in keys))
+                for fqn, keys in by_table.items()
+                if keys
+            },
+            lanes={name: LaneCount(samples[lane], batches[lane]) for lane, name in enumerate(lanes)},
+            **found,
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
         plain = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        pairs = {"labels": self._labels, "features": self._features}
+        pairs = {"labels": self._labels, "features": self._features, "lanes": self._lanes}
         return plain | {key: [dict(one) for one in pair] if pair is not None else None for key, pair in pairs.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         state = dict(state)
-        labels, (read, kept) = state.pop("labels"), state.pop("features")
+        labels, (read, kept), (samples, batches) = (state.pop(name) for name in ("labels", "features", "lanes"))
         self._labels = (Counter(labels[0]), Counter(labels[1])) if labels is not None else None
-        self._features = Counter(read), Counter(kept)
+        self._features, self._lanes = (Counter(read), Counter(kept)), (Counter(samples), Counter(batches))
         vars(self).update(state)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
 
 from torchrec_slipstream.budget import format_bytes
 from torchrec_slipstream.report import svg
+from torchrec_slipstream.report.html import figure
 from torchrec_slipstream.report.placement import PlacementReport
 from torchrec_slipstream.report.record import RunRecord
 from torchrec_slipstream.report.report import Report
@@ -218,23 +218,13 @@ def spreads(report: Report) -> list[str]:
     return figures
 
 
-def figure(title: str, chart: str, legend: Sequence[tuple[str, str]], note: str = "") -> str:
-    """A chart with its title, what its colours mean, and a line of explanation."""
-    keys = "".join(
-        f'<span class="key"><i style="background:{colour}"></i>{escape(name)}</span>' for name, colour in legend
-    )
-    return (
-        f"<figure><figcaption><b>{escape(title)}</b><small>{escape(note)}</small><div>{keys}</div></figcaption>"
-        f"{chart}</figure>"
-    )
-
-
-def busiest(lookups: Mapping[str, int]) -> tuple[dict[str, str], str]:
-    """Of tables, the names with the most look-ups in order of their names, each with what to call it; and a remark."""
+def busiest(lookups: Mapping[str, int], kind: str = "tables") -> tuple[dict[str, str], str]:
+    """Of tables, or of another ``kind``, the names with the most look-ups in order of their names, each with what to
+    call it; and a remark."""
     most = sorted(lookups, key=lambda name: -lookups[name])[:MOST_TABLES]
     shown = {name: label for name, label in short_names(list(lookups)).items() if name in most}
     left = len(lookups) - len(most)
-    return shown, f"; the {MOST_TABLES} of {len(lookups)} tables with the most look-ups" if left else ""
+    return shown, f"; the {MOST_TABLES} of {len(lookups)} {kind} with the most look-ups" if left else ""
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 
 @dataclass(frozen=True)
 class DropCount:
-    """``dropped`` of the ``read`` samples (of a label) or look-ups (of a feature)."""
+    """``dropped`` of the ``read`` samples (of a label) or look-ups (of a table or feature)."""
 
     read: int
     dropped: int
@@ -22,6 +22,39 @@ class DropCount:
     def share(self) -> float:
         """Share that was dropped."""
         return self.dropped / max(1, self.read)
+
+
+@dataclass(frozen=True)
+class LaneCount:
+    """Batches of one kind that were handed out to each rank, as many to all, and the samples in all of them."""
+
+    samples: int
+    batches: int
+
+    def __add__(self, other: LaneCount) -> LaneCount:
+        """Of two ranks together."""
+        return LaneCount(self.samples + other.samples, max(self.batches, other.batches))
+
+
+@dataclass(frozen=True)
+class SearchReport:
+    """One search for the threshold below which a row is stale (method "slipstream"); the same on every rank.
+
+    Attributes:
+        step: after which training step.
+        threshold: movement; with a threshold a table, the share of each table's look-ups that moved less.
+        share: of the sampled hot inputs, that the threshold drops; the search aims at ``InputsConfig.drop_share``.
+        met: whether that is within ``SlipstreamInputs.search_window``.
+        samples: sampled hot inputs, over all ranks.
+        stale_rows: of all tables, over all ranks.
+    """
+
+    step: int
+    threshold: float
+    share: float
+    met: bool
+    samples: int
+    stale_rows: int
 
 
 @dataclass(frozen=True)
@@ -43,6 +76,11 @@ class InputReport:
             probabilities, near ``read``.
         labels: by label value; empty where labels are missing, several a sample, or of more than 16 values.
         features: by KJT key, in look-ups.
+        tables: by table, in look-ups of all its features; empty where batches do not name the model's features.
+        lanes: by kind of batch, where the method has several ("fae": "cold" and "hot").
+        searches: of the method "slipstream", in their order.
+        classified: samples read while there were stale rows to tell them by (method "slipstream").
+        hot: of those, the ones whose look-ups are all of hot rows.
     """
 
     method: str
@@ -55,22 +93,27 @@ class InputReport:
     kept_weight: float
     labels: Mapping[str, DropCount] = field(default_factory=dict, repr=False)
     features: Mapping[str, DropCount] = field(default_factory=dict, repr=False)
+    tables: Mapping[str, DropCount] = field(default_factory=dict, repr=False)
+    lanes: Mapping[str, LaneCount] = field(default_factory=dict, repr=False)
+    searches: Sequence[SearchReport] = field(default_factory=list, repr=False)
+    classified: int = 0
+    hot: int = 0
 
     def __add__(self, other: InputReport) -> InputReport:
         """Of two ranks together."""
-        summed = {name: getattr(self, name) + getattr(other, name) for name in _SAMPLES}
-        return InputReport(
-            method=self.method,
-            epochs=max(self.epochs, other.epochs),
-            labels=_merged(self.labels, other.labels),
-            features=_merged(self.features, other.features),
-            **summed,
-        )
+        summed: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in _SUMMED}
+        merged: dict[str, Any] = {name: _merged(getattr(self, name), getattr(other, name)) for name in _COUNTED}
+        return replace(self, epochs=max(self.epochs, other.epochs), **summed, **merged)
 
     @property
     def dropped_share(self) -> float:
         """Share of the samples read that was dropped; compare ``InputsConfig.drop_share``."""
         return self.dropped / max(1, self.read)
+
+    @property
+    def lookups(self) -> DropCount:
+        """Look-ups of all features, and how many of them were dropped with their samples."""
+        return sum(self.features.values(), DropCount(0, 0))
 
     @property
     def logit_shift(self) -> float:
@@ -83,7 +126,7 @@ class InputReport:
         of_label = [self.labels.get(label, DropCount(0, 0)) for label in ("0", "1")]
         if self.method not in ("thinning", "negatives") or self.kept_weight != self.read - self.dropped:
             return 0.0
-        if any(one.read == one.dropped for one in of_label):
+        if any(one.dropped >= one.read for one in of_label):
             return 0.0
         negatives, positives = (1.0 - one.share for one in of_label)
         return math.log(negatives / positives)
@@ -94,13 +137,13 @@ class InputReport:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> InputReport:
-        """The report that :meth:`to_dict` wrote."""
-        plain = [one.name for one in fields(InputReport) if one.name not in ("labels", "features")]
-        return InputReport(
-            labels={key: DropCount(**one) for key, one in values["labels"].items()},
-            features={key: DropCount(**one) for key, one in values["features"].items()},
-            **{name: values[name] for name in plain},
-        )
+        """The report that :meth:`to_dict` wrote, of this release or before it."""
+        plain = {one.name: values[one.name] for one in fields(InputReport) if one.name in values}
+        counted = {
+            name: {key: kind(**one) for key, one in values.get(name, {}).items()} for name, kind in _COUNTED.items()
+        }
+        searches = [SearchReport(**one) for one in values.get("searches", ())]
+        return InputReport(**{**plain, **counted, "searches": searches})
 
     def __str__(self) -> str:
         lines = [
@@ -113,18 +156,36 @@ class InputReport:
         if self.labels:
             shares = ", ".join(f"{one.share:.1%} of label {value}" for value, one in self.labels.items())
             lines.append(f"dropped: {shares}")
-        if self.features:
-            least, *_, most = sorted([*self.features.items()] * 2, key=lambda one: one[1].share)
+        if shift := self.logit_shift:
+            lines.append(f"add {shift:.4f} to the model's logits, and they are log-odds among all samples")
+        if of_each := self.tables or self.features:
+            least, *_, most = sorted([*of_each.items()] * 2, key=lambda one: one[1].share)
+            few, many = (f"{one.share:.1%} ({name.rpartition('.')[2]})" for name, one in (least, most))
+            spread = f"; from {few} to {many}" if least[1].share < most[1].share else ""
+            lines.append(f"look-ups dropped with them: {self.lookups.share:.1%}{spread}")
+        if self.lanes:
+            counts = [f"{one.batches:,} {name} ({one.samples:,} samples)" for name, one in self.lanes.items()]
+            lines.append(f"batches a rank: {', '.join(counts)}")
+        lines += [
+            f"step {one.step:,}: threshold {one.threshold:.3g}, {one.stale_rows:,} rows stale, for {one.share:.1%} of "
+            f"{one.samples:,} sampled hot inputs" + ("" if one.met else " (the share asked for was not found)")
+            for one in self.searches
+        ]
+        if self.classified:
             lines.append(
-                f"look-ups dropped with them: {sum(self.features.values(), DropCount(0, 0)).share:.1%}; "
-                f"from {least[1].share:.1%} ({least[0]}) to {most[1].share:.1%} ({most[0]})"
+                f"from then on {self.dropped / self.classified:.1%} of the inputs read were dropped, "
+                f"{self.dropped / max(1, self.hot):.1%} of the hot ones"
             )
         return "\n".join(lines)
 
 
-_SAMPLES = ("read", "used", "dropped", "left_over", "waiting", "kept_weight")
+_SUMMED = ("read", "used", "dropped", "left_over", "waiting", "kept_weight", "classified", "hot")
+_COUNTED: Mapping[str, type[DropCount] | type[LaneCount]] = {
+    **dict.fromkeys(("labels", "features", "tables"), DropCount),
+    "lanes": LaneCount,
+}
 
 
-def _merged(some: Mapping[str, DropCount], more: Mapping[str, DropCount]) -> dict[str, DropCount]:
-    nothing = DropCount(0, 0)
-    return {key: some.get(key, nothing) + more.get(key, nothing) for key in {**some, **more}}
+def _merged(some: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    both = {**some, **more}
+    return both | {key: some[key] + more[key] for key in some.keys() & more.keys()}

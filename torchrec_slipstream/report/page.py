@@ -9,7 +9,8 @@ from typing import Any
 
 from torchrec_slipstream.budget import format_bytes
 from torchrec_slipstream.config import SlipstreamConfig
-from torchrec_slipstream.report import charts
+from torchrec_slipstream.report import charts, input_section
+from torchrec_slipstream.report.html import table
 from torchrec_slipstream.report.placement import PlacementReport
 from torchrec_slipstream.report.record import RunRecord
 from torchrec_slipstream.report.report import Report
@@ -51,9 +52,11 @@ def page(runs: Sequence[RunRecord]) -> str:
         "</div>",
     ]
     for run in runs:
+        of_run = "" if len(runs) == 1 else f": {run.name}"
+        if run.report is not None and run.report.inputs is not None:
+            body += [f"<h2>{escape(f'Inputs{of_run}')}</h2>", *input_section.section(run.report.inputs)]
         if run.report is not None:
-            head = "Tables and rows" if len(runs) == 1 else f"Tables and rows: {run.name}"
-            body += [f"<h2>{escape(head)}</h2>", *_details(run.report)]
+            body += [f"<h2>{escape(f'Tables and rows{of_run}')}</h2>", *_details(run.report)]
     body += ["<h2>What was run</h2>", '<div class="columns">', *_settings(runs), "</div>"]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -74,6 +77,7 @@ def _summary(runs: Sequence[RunRecord]) -> str:
         ("whole step, median ms", lambda run: f"{run.step_ms['median']:.2f}" if "median" in run.step_ms else None),
         ("updates left out, whole run", lambda run: _of(run.report, lambda one: f"{one.total.skipped_share:.1%}")),
         ("left out since skipping began (target)", _left_out),
+        ("inputs dropped (by)", _inputs_dropped),
         ("hit rate (planned)", lambda run: _placed(run, _hit_rate)),
         ("fast memory (planned)", lambda run: _placed(run, _memory)),
         ("re-plans, those that moved rows", lambda run: _placed(run, _replans)),
@@ -83,7 +87,7 @@ def _summary(runs: Sequence[RunRecord]) -> str:
     ]
     cells = [(name, [cell(run) for run in runs]) for name, cell in rows]
     shown = [[name, *(value or _NONE for value in values)] for name, values in cells if any(values)]
-    return _table(["", *(run.name for run in runs)], shown)
+    return table(["", *(run.name for run in runs)], shown)
 
 
 def _details(report: Report) -> list[str]:
@@ -113,13 +117,15 @@ def _predictions(placed: PlacementReport) -> str:
         line("a step's embedding part, slowest device", _ms(placed.predicted_ms), "not measured apart"),
         line("a whole step, the dense part included", None, _ms(placed.step_ms) or _NONE),
     ]
-    return _table(["", "predicted", "measured"], rows)
+    return table(["", "predicted", "measured"], rows)
 
 
 def _tables(report: Report) -> str:
     placed = report.placement
     short = charts.short_names(list({**report.tables, **(placed.tables if placed is not None else {})}))
     head = ["table", "rows", "with a count", "stale", "look-ups", "left out"]
+    dropped = report.inputs.tables if report.inputs is not None else {}
+    head += ["dropped with samples"] if dropped else []
     head += ["hot", "memory", "hit rate"] if placed is not None else []
     head += ["predicted"] if placed is not None and placed.predicted_hit_rate is not None else []
     rows = []
@@ -130,6 +136,8 @@ def _tables(report: Report) -> str:
             row += [f"{n:,}" for n in (one.rows, one.touched_rows, one.stale_rows, one.lookups)]
             row.append(f"{one.skipped_share:.1%}")
         row += [_NONE] * (6 - len(row))
+        if dropped:
+            row.append(f"{dropped[name].share:.1%}" if name in dropped else _NONE)
         if placed is not None and (hits := placed.tables.get(name)) is not None:
             rate = f"{hits.hit_rate:.1%}" if hits.lookups else _NONE
             predicted = _NONE if hits.predicted is None else f"{hits.predicted:.1%}"
@@ -138,7 +146,7 @@ def _tables(report: Report) -> str:
     name, label = next(iter(short.items()), ("", ""))
     prefix = name.removesuffix(label)
     where = f'<p class="quiet">All names begin with {escape(prefix)}</p>' if prefix else ""
-    return where + _table(head, rows)
+    return where + table(head, rows)
 
 
 def _settings(runs: Sequence[RunRecord]) -> list[str]:
@@ -156,7 +164,7 @@ def _settings(runs: Sequence[RunRecord]) -> list[str]:
         rows = [[key, *(one.get(key, _NONE) for one in found)] for key in keys]
         bold = {key for key in keys for one in found if key in one and one[key] != _DEFAULTS.get(key, one[key])}
         out.append(
-            f"<section><h3>{title}</h3>{_table(['', *names] if len(runs) > 1 else [], rows, 'words', bold)}</section>"
+            f"<section><h3>{title}</h3>{table(['', *names] if len(runs) > 1 else [], rows, 'words', bold)}</section>"
         )
     return out
 
@@ -166,13 +174,12 @@ def _config(report: Report | None) -> dict[str, str]:
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, str]:
-    """``room.field`` of a configuration, and its value in words."""
-    return {
-        f"{room}.{name}": _plain(value)
-        for room, values in config.items()
-        if isinstance(values, Mapping)
-        for name, value in values.items()
-    }
+    """``room.field`` of a configuration (``room.part.field`` where a room has parts), and its value in words."""
+    found: dict[str, str] = {}
+    for name, value in config.items():
+        inner = _flat(value) if isinstance(value, Mapping) else {}
+        found |= {f"{name}.{key}": one for key, one in inner.items()} if inner else {name: _plain(value)}
+    return found
 
 
 def _plain(value: object) -> str:
@@ -184,17 +191,6 @@ def _plain(value: object) -> str:
 
 
 _DEFAULTS = _flat(asdict(SlipstreamConfig()))
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "", bold: set[str] | None = None) -> str:
-    """A table; rows whose first cell is in ``bold`` are set so. Everything is escaped."""
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    lines = []
-    for row in rows:
-        mark = ("<b>", "</b>") if bold and row[0] in bold else ("", "")
-        lines.append("<tr>" + "".join(f"<td>{mark[0]}{escape(cell)}{mark[1]}</td>" for cell in row) + "</tr>")
-    inner = (f"<thead><tr>{top}</tr></thead>" if head else "") + f"<tbody>{''.join(lines)}</tbody>"
-    return f'<div class="wide"><table class="{kind}">{inner}</table></div>'
 
 
 # ------------------------------------------------------------------------------------------------- cells of the summary
@@ -223,6 +219,11 @@ def _left_out(run: RunRecord) -> str | None:
     if report is None or not report.target_share:
         return None
     return f"{report.measured_share:.1%} ({report.target_share:.0%})"
+
+
+def _inputs_dropped(run: RunRecord) -> str | None:
+    inputs = run.report.inputs if run.report is not None else None
+    return None if inputs is None else f"{inputs.dropped_share:.1%} ({inputs.method})"
 
 
 def _tracker(run: RunRecord) -> str | None:

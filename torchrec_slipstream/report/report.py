@@ -164,11 +164,16 @@ class Report:
     def __str__(self) -> str:
         width = max([len(name) for name in self.tables] + [len("all tables")])
         head = f"{'table':<{width}}  {'rows':>11}  {'touched':>11}  {'stale':>11}  {'look-ups':>13}  {'skipped':>8}"
+        of_inputs = dict(self.inputs.tables) if self.inputs is not None else {}
+        if self.inputs is not None and of_inputs:  # look-ups that were dropped with their samples
+            head += f"  {'dropped':>8}"
+            of_inputs["all tables"] = self.inputs.lookups
         lines = [head, "-" * len(head)]
         for name, t in [*self.tables.items(), ("all tables", self.total)]:
             lines.append(
                 f"{name:<{width}}  {t.rows:>11,}  {t.touched_rows:>11,}  {t.stale_rows:>11,}  "
                 f"{t.lookups:>13,}  {t.skipped_share:>8.1%}"
+                + (f"  {of_inputs[name].share:>8.1%}" if name in of_inputs else "")
             )
         lines.append("")
         lines.append(

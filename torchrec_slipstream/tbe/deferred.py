@@ -29,7 +29,7 @@ from torchrec.distributed.embedding_kernel import BaseEmbedding
 from torchrec.optim.fused import FusedOptimizerModule
 
 from torchrec_slipstream.errors import AttachError, InputError
-from torchrec_slipstream.tbe.finding import TBE, Attached, _walk
+from torchrec_slipstream.tbe.finding import TBE, Attached, modules_of
 from torchrec_slipstream.tbe.joining import join, put_together
 from torchrec_slipstream.tbe.part import Call
 from torchrec_slipstream.tbe.update_filter import UpdateFilter
@@ -39,7 +39,7 @@ from torchrec_slipstream.tbe.versions import check_overlay
 def check_can_defer(model: nn.Module, filters: Sequence[UpdateFilter]) -> None:
     """Raises AttachError unless all fused updates of ``model`` are the filters', and can be deferred."""
     attached = {id(one.tbe) for one in filters}
-    for path, module in _walk(model, "", set()):
+    for path, module in modules_of(model):
         tbe = getattr(module, "emb_module", None) if isinstance(module, BaseEmbedding) else module
         is_kernel = isinstance(module, BaseEmbedding) and isinstance(module, FusedOptimizerModule)
         if (is_kernel or isinstance(module, SplitTableBatchedEmbeddingBagsCodegen)) and id(tbe) not in attached:

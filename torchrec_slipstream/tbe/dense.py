@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchrec.optim.fused import FusedOptimizer
 
 from torchrec_slipstream.errors import AttachError
-from torchrec_slipstream.tbe.finding import _walk
+from torchrec_slipstream.tbe.finding import modules_of
 
 
 class DenseGradients:
@@ -27,7 +27,7 @@ class DenseGradients:
                 "micro-batches have two; give it the embedding collections' parameters alone, and step the others' "
                 "optimizer yourself"
             )
-        self._parts = [part for _, part in _walk(model, "", set()) if isinstance(part, DistributedDataParallel)]
+        self._parts = [part for _, part in modules_of(model) if isinstance(part, DistributedDataParallel)]
 
     @property
     def need_whole_batch(self) -> bool:

@@ -16,7 +16,7 @@ from torchrec.distributed.types import ShardingType
 from torchrec.modules.mc_modules import ManagedCollisionCollection
 
 from torchrec_slipstream.errors import AttachError
-from torchrec_slipstream.tbe.finding import _bare_shards, _walk
+from torchrec_slipstream.tbe.finding import modules_of, shards_of_bare
 from torchrec_slipstream.tbe.versions import lacking_message
 
 
@@ -54,7 +54,7 @@ def model_tables(model: nn.Module) -> tuple[ModelTable, ...]:
     tables: list[ModelTable] = []
     owned: set[int] = set()
     root = model.module if isinstance(model, DistributedModelParallel) else model
-    for path, module in _walk(root, "", set()):
+    for path, module in modules_of(root):
         if isinstance(module, (ShardedManagedCollisionCollection, ManagedCollisionCollection)):
             raise AttachError(
                 f"{path or type(module).__name__}: a managed-collision module gives ids other rows than the batch "
@@ -108,7 +108,7 @@ def _of_configs(path: str, configs: Mapping[str, Any], replicated: set[str]) -> 
 def _of_bare(tbe: SplitTableBatchedEmbeddingBagsCodegen, path: str) -> list[ModelTable]:
     tables = []
     feature_table = list(tbe.feature_table_map)
-    for place, shard in enumerate(_bare_shards(tbe, path)):
+    for place, shard in enumerate(shards_of_bare(tbe, path)):
         number = feature_table.count(place)
         features = (shard.fqn,) if number == 1 else tuple(f"{shard.fqn}:{i}" for i in range(number))
         tables.append(ModelTable(shard.fqn, shard.table, features, shard.rows, shard.dim))

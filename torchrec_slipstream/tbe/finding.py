@@ -124,7 +124,7 @@ def find_tbes(
     owned: set[int] = set()
     collections: dict[str, nn.Module] = {}
     root = model.module if isinstance(model, DistributedModelParallel) else model
-    for path, module in _walk(root, "", set()):
+    for path, module in modules_of(root):
         owner, optimizer = None, None
         # A sharded collection's plan names its tables on all ranks; the look-ups here hold this rank's only.
         if (plan := getattr(module, "module_sharding_plan", None)) is not None:
@@ -142,7 +142,7 @@ def find_tbes(
             isinstance(module, (SplitTableBatchedEmbeddingBagsCodegen, DenseTableBatchedEmbeddingBagsCodegen))
             and id(module) not in owned
         ):
-            tbe, shards = module, _bare_shards(module, path)
+            tbe, shards = module, shards_of_bare(module, path)
         else:
             continue
         tables = {shard.table for shard in shards}
@@ -183,8 +183,12 @@ def process_group_of(model: nn.Module) -> dist.ProcessGroup | None:
     return environment.process_group if environment is not None else dist.group.WORLD
 
 
-def _walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """``named_modules`` which also looks into plain lists: sharded modules keep their look-ups in one."""
+    return _walk(model, "", set())
+
+
+def _walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
     if id(module) in seen:
         return
     seen.add(id(module))
@@ -227,7 +231,7 @@ def _kernel_shards(kernel: BaseEmbedding, path: str) -> tuple[TableShard, ...]:
     return tuple(shards)
 
 
-def _bare_shards(tbe: nn.Module, path: str) -> tuple[TableShard, ...]:
+def shards_of_bare(tbe: nn.Module, path: str) -> tuple[TableShard, ...]:
     """Shards of a TBE that somebody built by hand: its tables are whole."""
     check_specs(tbe)
     embedding_specs: Any = tbe.embedding_specs

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchrec_slipstream.tbe.finding import TableShard
 from torchrec_slipstream.tbe.update_filter import UpdateFilter
 
 
@@ -19,34 +20,9 @@ class FilteredShard:
     place: int
 
     @property
-    def key(self) -> str:
-        """Unique in the model, the same in every run with the same sharding."""
-        return self.filter.shards[self.place].key
-
-    @property
-    def table(self) -> str:
-        """The table's fqn."""
-        return self.filter.shards[self.place].fqn
-
-    @property
-    def row_offset(self) -> int:
-        """Where the shard begins in its table."""
-        return self.filter.shards[self.place].row_offset
-
-    @property
-    def col_offset(self) -> int:
-        """Where the shard begins in its table."""
-        return self.filter.shards[self.place].col_offset
-
-    @property
-    def rows(self) -> int:
-        """Rows of the shard."""
-        return self.filter.shards[self.place].rows
-
-    @property
-    def columns(self) -> int:
-        """Columns of the shard."""
-        return self.filter.shards[self.place].dim
+    def at(self) -> TableShard:
+        """Which part of which table."""
+        return self.filter.shards[self.place]
 
     @property
     def device(self) -> torch.device:
@@ -54,12 +30,12 @@ class FilteredShard:
         return self.filter.device
 
     def weights(self, rows: Tensor) -> Tensor:
-        """``[n, columns]``, a copy of the current weights of ``rows`` (int64 ``[n]``, of the shard)."""
+        """``[n, dim]``, a copy of the current weights of ``rows`` (int64 ``[n]``, of the shard)."""
         return self.filter.weights(self.place, rows)
 
     def touches(self, rows: Tensor) -> Tensor:
         """int64 ``[n]``, look-ups in counted training steps; only differences mean something."""
-        return self.filter.touches.index_select(0, rows + self.filter.shards[self.place].row_begin).long()
+        return self.filter.touches.index_select(0, rows + self.at.row_begin).long()
 
 
 def watched_shards(filters: Iterable[UpdateFilter]) -> list[FilteredShard]:
