@@ -24,7 +24,7 @@
 #   sgd            35 s  as rowwise, 10% only, fewer providers
 #   update_filter  30 s
 #   throughput     45 s  whole DLRMs, TorchRec's UVM and cache among them; half of it is making batches on the host
-#   inputs         40 s  10 trainings of 125 steps, for their times: too short for AUC to say much
+#   inputs         25 s  5 trainings of 125 steps, for their times: too short for AUC to say much
 #   profiler       25 s
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -104,8 +104,8 @@ if [ "$device" = cuda ]; then
             --warmup 52 --test 16384
     }
     inputs() {
-        bench inputs --samples 160000 --rows-per-table 1000000 --batch-size 1024 --seeds 2 --share 0.3 \
-            --methods negatives ours slipstream_half --orders hotline
+        bench inputs --samples 160000 --rows-per-table 1000000 --batch-size 1024 --seeds 1 --share 0.3 \
+            --methods negatives ours slipstream_half --undropped hotline
     }
     profiler() { bench profiler --rounds 96 --steps 64; }
 else
@@ -124,12 +124,12 @@ else
     }
     inputs() {
         bench inputs --samples 2000 --rows-per-table 100 --batch-size 64 --seeds 1 --share 0.3 \
-            --methods ours --orders hotline
+            --methods ours --undropped hotline
     }
     profiler() { bench profiler "${small[@]}" --steps 8; }
 fi
 
-parts=(smoke:30 floor:40 rowwise:150 adam:100 tests:80 prefetch:50 sgd:35 update_filter:30 throughput:45 inputs:45
+parts=(smoke:30 floor:40 rowwise:150 adam:100 tests:80 prefetch:50 sgd:35 update_filter:30 throughput:45 inputs:30
     profiler:25)
 # On a CPU all parts are imports, and little else.
 [ "$device" = cpu ] && parts=("${parts[@]/%:*/:1}")

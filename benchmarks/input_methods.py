@@ -3,7 +3,8 @@ probability of a sample could depend on.
 
 ``random``               every input with the same probability: the control.
 ``negatives``            negatives alone, kept ones weigh ``1 / p``: plain negative down-sampling.
-``ours``                 ``InputsConfig(method="thinning")``: negatives alone, none weighs, logits put right.
+``thinning``             ``InputsConfig(method="thinning")``: negatives alone, kept ones count once, logits put right.
+``ours``                 that with ``positive_weight=4``.
 ``slipstream``           the artefact's (arXiv 2404.04270), with the artefact's alpha: all look-ups stale.
 ``slipstream_half``      the same with half of the look-ups stale, which reaches its share on small data.
 ``slipstream_relative``  that with movement relative to the row's size.
@@ -39,6 +40,7 @@ from torchrec_slipstream.inputs.live import LiveInputs
 DROPPING = (
     "random",
     "negatives",
+    "thinning",
     "ours",
     "slipstream",
     "slipstream_half",
@@ -61,7 +63,9 @@ def inputs_config(method: str, share: float, seed: int, steps: int) -> InputsCon
     that, here made larger so that it is of all inputs, as the other methods'.
     """
     if not method.startswith("slipstream"):
-        return InputsConfig(method="thinning" if method == "ours" else method, drop_share=share, seed=seed)
+        if method in ("ours", "balanced"):
+            return InputsConfig(method="thinning", drop_share=share, seed=seed, positive_weight=4.0)
+        return InputsConfig(method=method, drop_share=share, seed=seed)
     start, window = steps // 4, max(1, steps // 20)
     return InputsConfig(
         method="slipstream",
@@ -166,7 +170,7 @@ class Method:
     """A method at work on a model.
 
     Args:
-        name: of ``DROPPING``.
+        name: of ``DROPPING``, or "balanced", which is ours with a share of 0.
         share: of all inputs, to be dropped.
         steps: of the run without dropping.
     """

@@ -16,8 +16,9 @@ deviations):
 ``trained``         samples trained on.
 ``time``            whole run's seconds over those without dropping.
 
-``reordered`` has the same for the methods that drop nothing, with the share of the inputs that were hot: FAE's order of
-pure hot and cold batches, and Hotline's two micro-batches a step.
+``undropped`` has the same for what drops nothing: ``balanced``, all inputs with ours' weight of positives, to tell what
+of ours is due to that; and with the share of the inputs that were hot, FAE's order of pure hot and cold batches, and
+Hotline's two micro-batches a step.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def train(arguments: argparse.Namespace, data: Data, name: str, share: float) ->
     )
     steps = count_batches(len(data.train), arguments.batch_size) * arguments.epochs
     method: Method | Fae | HotlineSteps | None = None
-    if name in DROPPING:
+    if name in (*DROPPING, "balanced"):
         method = Method(name, model, data.train, share, arguments.seed, steps)
     elif name in REORDERING:
         method = REORDERING[name](model, data, arguments)
@@ -117,7 +118,7 @@ def evaluate(model: torch.nn.Module, data: Data, arguments: argparse.Namespace, 
 
 def compare(args: argparse.Namespace) -> dict[tuple[str, str], list[Result]]:
     """All runs by share ("0" of those that drop nothing) and method, one a seed."""
-    todo = [(f"{share:g}", name) for share in args.share for name in args.methods] + [("0", n) for n in args.orders]
+    todo = [(f"{share:g}", name) for share in args.share for name in args.methods] + [("0", n) for n in args.undropped]
     results: dict[tuple[str, str], list[Result]] = {one: [] for one in todo}
     data: Data | None = None
     with (
@@ -168,7 +169,7 @@ def show(result: Result) -> str:
         f"{'share':<7}{'method':<22}{'AUC':>9}{'sd':>8}{'log-loss':>11}{'sd':>8}{'calibr.':>9}{'dropped':>9}"
         f"{'time':>7}{'vs negatives':>14}{'se':>8}",
     ]
-    for share, methods in [*result["share"].items(), ("0", result["reordered"])]:
+    for share, methods in [*result["share"].items(), ("0", result["undropped"])]:
         for name, one in methods.items():
             above = f"{one['vs_negatives']:>+14.4f}{one['vs_negatives_se']:>8.4f}" if "vs_negatives" in one else ""
             lines.append(
@@ -184,7 +185,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add_job_options(parser)
     parser.add_argument("--share", type=float, nargs="+", default=[0.1, 0.3, 0.5], help="of the inputs, to be dropped")
     parser.add_argument("--methods", nargs="*", choices=DROPPING, default=list(DROPPING))
-    parser.add_argument("--orders", nargs="*", choices=REORDERING, default=list(REORDERING), help="dropping nothing")
+    undropped = ["balanced", *REORDERING]
+    parser.add_argument("--undropped", nargs="*", choices=undropped, default=undropped, help="what drops nothing")
     args = parser.parse_args(argv)
     harness.check_least(parser, args, seeds=1, first_seed=0)
     if bad := [share for share in args.share if not 0.0 < share < 1.0]:
@@ -207,7 +209,7 @@ def main(argv: list[str] | None = None) -> Result:
         "share": {
             f"{share:g}": {name: found[f"{share:g}", name] for name in args.methods} for share in sorted(args.share)
         },
-        "reordered": {name: found["0", name] for name in args.orders},
+        "undropped": {name: found["0", name] for name in args.undropped},
     }
     parameters = {name: getattr(args, name) for name in (*JOB_OPTIONS, "seeds", "first_seed")}
     rows = [

@@ -32,7 +32,7 @@ def test_it_ends_with_one_json_line_and_appends_to_the_csv(tmp_path: Path, capsy
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     methods = result["share"]["0.4"]
     assert set(methods) == set(DROPPING)
-    assert set(result["reordered"]) == set(REORDERING)
+    assert set(result["undropped"]) == {"balanced", *REORDERING}
     for name, one in methods.items():
         assert set(one) == KEYS | AGAINST, name
         assert abs(one["auc_delta"]) < 0.2, name
@@ -40,15 +40,15 @@ def test_it_ends_with_one_json_line_and_appends_to_the_csv(tmp_path: Path, capsy
             assert one["dropped_share"] == pytest.approx(0.4, abs=0.12), name
         # A rest of less than a batch goes out as well: all that was kept is trained on.
         assert one["trained"] == pytest.approx((1 - one["dropped_share"]) * 4800, abs=1), name
-    for name in ("negatives", "ours", "rarity", "surprise"):
+    for name in ("negatives", "thinning", "ours", "rarity", "surprise"):
         assert methods[name]["dropped_positives"] == 0.0, name
     assert methods["random"]["dropped_positives"] == pytest.approx(0.4, abs=0.1)
-    for name, one in result["reordered"].items():
+    for name, one in result["undropped"].items():
         assert set(one) == KEYS, name
         assert (one["dropped_share"], one["trained"]) == (0.0, 4800), name
-        assert 0.05 < one["hot_share"] < 0.95, name
+        assert name == "balanced" or 0.05 < one["hot_share"] < 0.95, name
     rows = list(csv.DictReader(path.open(newline="")))
-    assert [row["provider"] for row in rows] == [*DROPPING, *REORDERING]
+    assert [row["provider"] for row in rows] == [*DROPPING, "balanced", *REORDERING]
     parameters = json.loads(rows[0]["parameters"])
     assert (parameters["share"], parameters["rows_per_table"]) == (0.4, 100)
     (run,) = json.loads(rows[1]["quality"])["runs"]
@@ -56,15 +56,19 @@ def test_it_ends_with_one_json_line_and_appends_to_the_csv(tmp_path: Path, capsy
 
 
 def test_ours_and_plain_negative_sampling_differ_in_weights_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    methods = ["--methods", "negatives", "ours", "random", "--orders"]
+    methods = ["--methods", "negatives", "thinning", "ours", "random", "--undropped", "balanced"]
     result = inputs.main([*TINY, "--seeds", "2", "--share", "0.5", *methods, "--no-record"])
-    ours, negatives, random = (result["share"]["0.5"][name] for name in ("ours", "negatives", "random"))
-    assert ours["trained"] == negatives["trained"]
-    assert ours["dropped_share"] == negatives["dropped_share"]
-    assert ours["auc"] != negatives["auc"]
-    assert ours["vs_negatives"] == pytest.approx(ours["auc"] - negatives["auc"])
-    # Without the shift of the logits, ours would predict more clicks by half than there are.
-    assert ours["calibration"] == pytest.approx(random["calibration"], abs=0.15)
+    found = result["share"]["0.5"] | result["undropped"]
+    negatives = found["negatives"]
+    for name in ("thinning", "ours"):
+        assert found[name]["trained"] == negatives["trained"]
+        assert found[name]["dropped_share"] == negatives["dropped_share"]
+        assert found[name]["auc"] != negatives["auc"]
+        assert found[name]["vs_negatives"] == pytest.approx(found[name]["auc"] - negatives["auc"])
+    assert found["thinning"]["auc"] != found["ours"]["auc"]
+    # Without the shift of the logits they would predict about twice as many clicks as there are.
+    for name in ("thinning", "ours", "balanced"):
+        assert found[name]["calibration"] == pytest.approx(1.0, abs=0.4), name
 
 
 def test_bad_shares_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

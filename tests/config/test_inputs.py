@@ -72,3 +72,12 @@ def test_rows_that_skipping_keeps_from_moving_look_stale() -> None:
         warnings.simplefilter("error")
         SlipstreamConfig(inputs=inputs, staleness=StalenessConfig(target_share=0))
         SlipstreamConfig(inputs=InputsConfig(method="thinning"), staleness=skipping)
+
+
+def test_only_thinning_weighs_positives() -> None:
+    assert InputsConfig(method="thinning", positive_weight=4).positive_weight == 4
+    with pytest.raises(ConfigError, match=r"positive_weight=4 is of method='thinning', not of 'random'"):
+        InputsConfig(method="random", positive_weight=4)
+    for bad in (0.5, float("inf"), True, "4"):
+        with pytest.raises(ConfigError, match=r"positive_weight=.* must be a finite number of at least 1"):
+            InputsConfig(method="thinning", positive_weight=bad)  # type: ignore[arg-type]

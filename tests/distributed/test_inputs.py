@@ -99,7 +99,7 @@ def test_uneven_ranks_take_as_many_full_batches_and_every_sample_once(
         assert len({lane[i] for i in a + b}) == 1
         assert len(a) == len(b)
         short += len(a) < SIZE
-    assert short <= lanes
+    assert short <= 2 * lanes
 
 
 def with_a_broken_loader(rank: int) -> tuple[str, str]:
@@ -284,7 +284,7 @@ def test_a_run_resumed_in_mid_epoch_equals_an_uninterrupted_one(
         assert len(seen) == len(set(seen))
         lanes = 2 if config.method == "fae" else 1
         assert [len(ids) for ids in first] == [len(ids) for ids in second]
-        assert sum(len(ids) < SIZE for ids in first) <= lanes
+        assert sum(len(ids) < SIZE for ids in first) <= 2 * lanes
     inputs = found[0]["inputs"]
     assert inputs == found[1]["inputs"]
     assert inputs.read == 2 * 240

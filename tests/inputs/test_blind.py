@@ -125,3 +125,16 @@ def test_one_lane_takes_what_is_there() -> None:
     OneLane().load_state_dict(OneLane().state_dict())
     with pytest.raises(StateError, match="another scheduler"):
         OneLane().load_state_dict({"scheduler": "shuffle"})
+
+
+def test_thinning_weighs_positives_as_asked_and_negatives_once() -> None:
+    selector = NegativeSampling(0.4, weighs=False, positive_weight=3.0, seed=1)
+    plain = NegativeSampling(0.4, weighs=False, seed=1)
+    assert selector.weighs
+    assert not plain.weighs
+    batch = labelled(0.2, 400, 0)
+    choice, without = selector.choose(batch), plain.choose(batch)
+    assert without.weight is None
+    assert choice.weight is not None
+    assert torch.equal(choice.keep, without.keep)
+    assert torch.equal(choice.weight, torch.where(batch.labels > 0.5, 3.0, 1.0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrec_slipstream.inputs.dealing import Lockstep, evened, waiting
+from torchrec_slipstream.inputs.dealing import Lockstep, batch_size, evened, waiting
 
 COUNTS = st.lists(st.integers(0, 50), min_size=1, max_size=5)
 
@@ -35,17 +35,30 @@ def test_what_may_go_out_can(lanes: list[list[int]], size: int, over: bool) -> N
     for lane, batches in enumerate(waiting(counts, size, over=over)):
         held = [of_rank[lane] for of_rank in counts]
         whole, rest = divmod(sum(held), ranks * size)
-        assert batches <= whole + (over and rest >= ranks)
         if over:
             assert batches == whole + (rest >= ranks)
-        if min(held) >= size or whole >= 2:
-            assert batches > 0  # so nobody hoards
+        else:
+            assert batches == max(0, whole - 1)  # nobody hoards more than one
+
+
+@given(st.integers(0, 200), st.integers(1, 20))
+def test_at_the_end_no_batch_is_below_half_a_full_one(samples: int, size: int) -> None:
+    sizes, left = [], samples
+    while left:
+        sizes.append(batch_size(left, size, over=True))
+        left -= sizes[-1]
+    assert len(sizes) == -(-samples // size)
+    assert all(one <= size for one in sizes)
+    assert sizes[:-2] == [size] * (len(sizes) - 2)
+    if samples >= size:
+        assert all(2 * one >= size for one in sizes)
+    assert batch_size(samples, size, over=False) == min(samples, size)
 
 
 def test_ranks_wait_for_their_own_samples_before_they_send() -> None:
     assert waiting([[10], [3]], 6, over=False) == [0]  # enough for one batch each, but the second rank reads on
-    assert waiting([[10], [6]], 6, over=False) == [1]
-    assert waiting([[21], [3]], 6, over=False) == [2]
+    assert waiting([[10], [14]], 6, over=False) == [1]
+    assert waiting([[21], [3]], 6, over=False) == [1]
     assert waiting([[10], [3]], 6, over=True) == [1]
     assert waiting([[1], [0]], 6, over=True) == [0]
     assert waiting([[1], [1]], 6, over=True) == [1]

@@ -68,7 +68,7 @@ def test_off_hands_the_loaders_batches_through_untouched() -> None:
 def test_epochs_are_reported_by_label_and_feature() -> None:
     tbe, slip = attach(NEGATIVES)
     orders = [train(tbe, slip, slip.inputs(epoch_of(epoch))) for epoch in range(3)]
-    assert [set(map(len, order[:-1])) for order in orders] == [{SIZE}] * 3
+    assert [set(map(len, order[:-2])) for order in orders] == [{SIZE}] * 3
     kept = [{i for ids in order for i in ids} for order in orders]
     positives = {i for i in range(N) if i % 2}
     assert all(positives <= one for one in kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -111,3 +112,22 @@ def test_it_says_what_it_knows() -> None:
     bare = replace(input_report(), tables={}, lanes={}, searches=[], classified=0)
     assert "from 0.0% (f2) to 30.0% (f0)" in str(bare)
     assert len(str(bare).splitlines()) == 3
+
+
+def test_the_logits_are_put_right_for_what_was_dropped_and_for_the_weight_of_positives() -> None:
+    labels = {"0": DropCount(read=900, dropped=300), "1": DropCount(read=100, dropped=0)}
+    plain = replace(input_report(), method="thinning", read=1000, dropped=300, kept_weight=700.0, labels=labels)
+    assert plain.logit_shift == pytest.approx(math.log(2 / 3))
+    weighed = replace(plain, kept_weight=600.0 + 4 * 100)
+    assert weighed.logit_shift == pytest.approx(math.log(2 / 3 / 4))
+    undropped = replace(
+        weighed, dropped=0, kept_weight=900.0 + 400, labels={**labels, "0": DropCount(read=900, dropped=0)}
+    )
+    assert undropped.logit_shift == pytest.approx(-math.log(4))
+    for other in (
+        replace(plain, method="random"),
+        replace(plain, method="negatives", kept_weight=1000.0),  # those that were kept count for those dropped
+        replace(plain, labels={}),
+        replace(plain, labels={"0": DropCount(900, 900), "1": DropCount(100, 0)}, kept_weight=100.0),
+    ):
+        assert other.logit_shift == 0.0

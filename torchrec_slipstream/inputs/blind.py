@@ -89,15 +89,24 @@ class NegativeSampling:
     Args:
         drop_share: of all samples, in ``[0, 1)``.
         weighs: kept negatives weigh ``1 / p``, so that the expected gradient is the full one.
+        positive_weight: what a positive counts for.
         min_probability: least p, in ``(0, 1]``.
     """
 
     lanes = 1
 
     def __init__(
-        self, drop_share: float, *, seed: int = 0, rank: int = 0, weighs: bool = True, min_probability: float = 0.1
+        self,
+        drop_share: float,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        weighs: bool = True,
+        positive_weight: float = 1.0,
+        min_probability: float = 0.1,
     ) -> None:
-        self.weighs = weighs
+        self.weighs = weighs or positive_weight != 1.0
+        self._weighs_negatives, self._positive_weight = weighs, positive_weight
         self._drop_share, self._min_probability = drop_share, min_probability
         self._draws = _Draws(seed, rank)
         self._negatives = self._samples = 0.0  # faded sums
@@ -122,8 +131,8 @@ class NegativeSampling:
         keep = ~negative | (self._draws.uniform(size) < probability)
         if not self.weighs:
             return Choice(keep)
-        weight = torch.ones(size)
-        weight[negative] = 1.0 / probability
+        weight = torch.full((size,), self._positive_weight)
+        weight[negative] = 1.0 / probability if self._weighs_negatives else 1.0
         return Choice(keep, weight)
 
     def step(self, steps: int) -> None:

@@ -47,22 +47,28 @@ def evened(counts: Sequence[int]) -> list[Transfer]:
 def waiting(counts: Sequence[Sequence[int]], size: int, *, over: bool) -> list[int]:
     """Batches of each lane that can go out now.
 
-    A rank that holds less than a batch waits for its own loader until two batches a rank have come together: ranks that
-    keep about as much as each other then need next to no transfers.
+    Until all loaders are read, the last full batch of a lane waits: :func:`batch_size` shares it with what comes after.
+    So a rank that holds less than a batch waits for its own loader until two batches a rank have come together, and
+    ranks that keep about as much as each other need next to no transfers.
 
     Args:
         counts: samples by rank and lane.
         size: samples of a full batch.
-        over: no rank has anything left to read; then a lane's last batch may be short, if no rank's is empty.
+        over: no rank has anything left to read.
     """
-    ranks, found = len(counts), []
-    for lane in zip(*counts, strict=True):
-        whole, rest = divmod(sum(lane), ranks * size)
-        if over:
-            found.append(whole + (rest >= ranks))
-        else:
-            found.append(whole if whole >= 2 else min(lane) // size)
-    return found
+    by_rank = [sum(lane) // len(counts) for lane in zip(*counts, strict=True)]
+    return [-(-samples // size) if over else max(0, samples // size - 1) for samples in by_rank]
+
+
+def batch_size(samples: int, size: int, *, over: bool) -> int:
+    """Samples of a lane's next batch, of the ``samples`` that a rank has.
+
+    At the end no batch is less than half a full one, if the lane has so many: a rest of a few samples would be a step
+    like any other, with a mean loss of next to nothing but noise.
+    """
+    if over and size < samples and 2 * samples < 3 * size:
+        return -(-samples // 2)
+    return min(size, samples)
 
 
 class Lockstep:

@@ -85,6 +85,7 @@ def _negatives(config: InputsConfig, around: Surroundings, _: Iterable[Any], *, 
         seed=config.seed,
         rank=around.ranks.mine,
         weighs=weighs if config.weigh is None else config.weigh,
+        positive_weight=config.positive_weight,
         min_probability=config.min_probability,
     )
     return selector, OneLane()

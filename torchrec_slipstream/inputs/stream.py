@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrec_slipstream.errors import InputError, StateError
 from torchrec_slipstream.inputs.batches import device_of, is_pinned, select, size_of, with_weights
 from torchrec_slipstream.inputs.choice import Choice, Scheduler, Selector
-from torchrec_slipstream.inputs.dealing import Lockstep, evened, waiting
+from torchrec_slipstream.inputs.dealing import Lockstep, batch_size, evened, waiting
 from torchrec_slipstream.inputs.packing import pack, unpack
 from torchrec_slipstream.inputs.queues import HandedOut, Lane
 from torchrec_slipstream.inputs.reading import Reader
@@ -27,9 +27,10 @@ class InputStream(Iterator[Any]):
 
     Every rank gets the same number of batches, of the same lanes in the same order, whatever its loader's length and
     whatever it kept: those with too many samples send some to those with too few. A batch is as large as the loader's
-    first. At the end each lane's rest comes as a shorter batch, of one size on all ranks (TorchRec's row-wise sharding
-    over gloo takes no other); the samples that this leaves, fewer than there are ranks, are left over. So each sample
-    is handed out once, or dropped, or left over.
+    first, but for the last of each lane: a rest that is less than half of one shares evenly with the batch before, so
+    that no step goes by a few samples. All are of one size on all ranks (TorchRec's row-wise sharding over gloo takes
+    no other); the samples that this leaves, fewer than there are ranks, are left over. So each sample is handed out
+    once, or dropped, or left over.
 
     Args:
         loader: of this rank; its batches as ``batches.py`` says, their first of the same size on all ranks.
@@ -124,7 +125,7 @@ class InputStream(Iterator[Any]):
 
     def _deal(self, number: int) -> Any:
         lane, counts = self._lanes[number], [of_rank[number] for of_rank in self._counts]
-        size = min(self._size, sum(counts) // len(counts))
+        size = batch_size(sum(counts) // len(counts), self._size, over=self._all_exhausted)
         if min(counts) < size:
             transfers = evened(counts)
             self._ranks.exchange(transfers, lane.take_last, lane.add)

@@ -120,16 +120,18 @@ class InputReport:
         """What to add to the trained model's logits, so that they are log-odds among all samples again.
 
         Where negatives were dropped and the kept ones count once (``"thinning"``; ``"negatives"`` without weights) the
-        model learnt odds that are too high by a factor: the share of the positives that was kept over that of the
-        negatives. 0 for other methods, and before both labels were seen.
+        model learnt odds that are too high by a factor: the weight of the positives over all that were read, over the
+        share of the negatives that was kept. 0 for other methods, and before both labels were seen.
         """
         of_label = [self.labels.get(label, DropCount(0, 0)) for label in ("0", "1")]
-        if self.method not in ("thinning", "negatives") or self.kept_weight != self.read - self.dropped:
+        weighs_negatives = self.method == "negatives" and self.kept_weight != self.read - self.dropped
+        if self.method not in ("thinning", "negatives") or weighs_negatives:
             return 0.0
-        if any(one.dropped >= one.read for one in of_label):
+        negatives, positives = (one.read - one.dropped for one in of_label)
+        weight = self.kept_weight - negatives  # of the positives
+        if min(negatives, positives, weight) <= 0:
             return 0.0
-        negatives, positives = (1.0 - one.share for one in of_label)
-        return math.log(negatives / positives)
+        return math.log(negatives / of_label[0].read) - math.log(weight / of_label[1].read)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, fit for JSON."""
