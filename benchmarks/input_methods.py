@@ -4,7 +4,7 @@ probability of a sample could depend on.
 ``random``               every input with the same probability: the control.
 ``negatives``            negatives alone, kept ones weigh ``1 / p``: plain negative down-sampling.
 ``thinning``             ``InputsConfig(method="thinning")``: negatives alone, kept ones count once, logits put right.
-``ours``                 that with ``positive_weight=4``.
+``ours``                 that with ``positive_weight="auto"``.
 ``slipstream``           the artefact's (arXiv 2404.04270), with the artefact's alpha: all look-ups stale.
 ``slipstream_half``      the same with half of the look-ups stale, which reaches its share on small data.
 ``slipstream_relative``  that with movement relative to the row's size.
@@ -64,7 +64,7 @@ def inputs_config(method: str, share: float, seed: int, steps: int) -> InputsCon
     """
     if not method.startswith("slipstream"):
         if method in ("ours", "balanced"):
-            return InputsConfig(method="thinning", drop_share=share, seed=seed, positive_weight=4.0)
+            return InputsConfig(method="thinning", drop_share=share, seed=seed, positive_weight="auto")
         return InputsConfig(method=method, drop_share=share, seed=seed)
     start, window = steps // 4, max(1, steps // 20)
     return InputsConfig(

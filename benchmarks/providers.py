@@ -12,7 +12,8 @@
 ``random_lookups``          the control: half of the look-ups' updates left out blindly
 ``ours_hot_rows``           hot rows in an overlay, re-planned; nothing left out
 ``ours_all``                both
-``fae``                     pure hot and cold batches (arXiv 2103.00686), all tables where stock has them
+``fae``                     pure hot and cold batches (arXiv 2103.00686), all tables where stock has them; all is sorted
+                            in the first step, a warm-up's, and not in the times
 ``hotline``                 a popular and a non-popular micro-batch a step (arXiv 2204.05436), likewise
 =========================== ==========================================================================================
 """
