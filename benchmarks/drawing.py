@@ -28,9 +28,15 @@ STYLES = {
     **dict.fromkeys(("dlrm_open_source", "static"), (GREY, "P")),
     **dict.fromkeys(("random_lookups", "random", "random_inputs"), (ORANGE, "v")),
     # that choose inputs
-    **{"negatives": (GREEN, "s"), "slipstream": (RED, "^"), "slipstream_half": (WINE, "X"), "rarity": (SKY, "h")},
+    **{"negatives": (GREY, "s"), "slipstream": (RED, "^"), "slipstream_half": (WINE, "X"), "rarity": (SKY, "h")},
     **{"slipstream_relative": (RED, "<"), "slipstream_per_table": (WINE, ">"), "surprise": (INDIGO, "p")},
-    **{"fae": (OLIVE, "P"), "hotline": (BLACK, "D"), "thinning": (GREEN, "s"), "thinning_ours": (INDIGO, "p")},
+    **{
+        "fae": (OLIVE, "P"),
+        "hotline": (BLACK, "D"),
+        "balanced": (BLACK, "*"),
+        "thinning": (GREEN, "s"),
+        "thinning_ours": (INDIGO, "p"),
+    },
     # of the update filter alone, by what is left out
     **{"random rows": (BLUE, "o"), "most popular rows": (GREEN, "d"), "sampled, rare rows": (ORANGE, "v")},
     # the best there can be

@@ -89,9 +89,10 @@ def inputs(records: Sequence[Record]) -> Figure:
 def _over_share(axes: Axes, records: Sequence[Record], name: str) -> None:
     """A quality with its standard deviation over the share, a line a provider, side by side."""
     names = providers(records)
+    apart = min(0.008, 0.04 / len(names))
     for i, provider in enumerate(names):
         found = in_order((one for one in records if one.provider == provider), "share")
-        x = [one.parameters["share"] + 0.008 * (i - (len(names) - 1) / 2) for one in found]
+        x = [one.parameters["share"] + apart * (i - (len(names) - 1) / 2) for one in found]
         y, spread = ([one.quality[key] for one in found] for key in (name, f"{name}_sd"))
         axes.errorbar(x, y, spread, label=provider, capsize=3, **style(provider))
     axes.axhline(0, color="0.5", linewidth=0.8)

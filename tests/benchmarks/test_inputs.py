@@ -63,9 +63,9 @@ def test_ours_and_plain_negative_sampling_differ_in_weights_alone(capsys: pytest
     for name in ("thinning", "ours"):
         assert found[name]["trained"] == negatives["trained"]
         assert found[name]["dropped_share"] == negatives["dropped_share"]
-        assert found[name]["auc"] != negatives["auc"]
+        assert found[name]["auc"] != negatives["auc"], "weights make a difference"
         assert found[name]["vs_negatives"] == pytest.approx(found[name]["auc"] - negatives["auc"])
-    assert found["thinning"]["auc"] != found["ours"]["auc"]
+    assert found["thinning"]["auc"] == found["ours"]["auc"]  # enough are positive: none weighs
     # Without the shift of the logits they would predict about twice as many clicks as there are.
     for name in ("thinning", "ours", "balanced"):
         assert found[name]["calibration"] == pytest.approx(1.0, abs=0.4), name

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from torchrec_slipstream import (
+    AccessConfig,
     ConfigError,
     FaeInputs,
     InputsConfig,
@@ -74,10 +75,22 @@ def test_rows_that_skipping_keeps_from_moving_look_stale() -> None:
         SlipstreamConfig(inputs=InputsConfig(method="thinning"), staleness=skipping)
 
 
+@pytest.mark.parametrize("counter", ["off", "sketch"])
+def test_a_method_that_counts_rows_needs_a_counter_of_rows(counter: str) -> None:
+    parts: dict[str, Any] = {
+        "access": AccessConfig(counter=counter),
+        "staleness": StalenessConfig(target_share=0),
+    }
+    with pytest.raises(ConfigError, match=rf"counter='{counter}'.*method='slipstream' would.*'sampled' or 'exact'"):
+        SlipstreamConfig(inputs=InputsConfig(method="slipstream"), **parts)
+    SlipstreamConfig(inputs=InputsConfig(method="thinning"), **parts)
+
+
 def test_only_thinning_weighs_positives() -> None:
-    assert InputsConfig(method="thinning", positive_weight=4).positive_weight == 4
+    for good in (4, "auto"):
+        assert InputsConfig(method="thinning", positive_weight=good).positive_weight == good
     with pytest.raises(ConfigError, match=r"positive_weight=4 is of method='thinning', not of 'random'"):
         InputsConfig(method="random", positive_weight=4)
     for bad in (0.5, float("inf"), True, "4"):
         with pytest.raises(ConfigError, match=r"positive_weight=.* must be a finite number of at least 1"):
-            InputsConfig(method="thinning", positive_weight=bad)  # type: ignore[arg-type]
+            InputsConfig(method="thinning", positive_weight=bad)

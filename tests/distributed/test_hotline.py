@@ -14,8 +14,6 @@ from tests.inputs.clicks import Clicks, is_popular, make_batch
 from tests.inputs.test_hotline import NOTHING, assert_equal_states
 from tests.models import placement_of, sharded, state_of
 from torchrec_slipstream import InputError, Slipstream
-from torchrec_slipstream.inputs.hotline import Hotline
-from torchrec_slipstream.ranks import Ranks
 
 pytestmark = pytest.mark.slow  # every test starts processes
 
@@ -32,7 +30,7 @@ def popular_of(rank: int, step: int, size: int = 16) -> list[bool]:
 def _tables(rank: int, sharding: str, hot_rows: bool) -> list[tuple[int, int]]:
     stock, ours = (sharded(Clicks(exact=True, sequences=True), sharding) for _ in range(2))
     slip = Slipstream(ours, NOTHING, placement=placement_of(ours, 0.3) if hot_rows else None)
-    hotline = Hotline(ours, slip._filters, is_popular, Ranks(dist.group.WORLD))
+    hotline = slip.hotline(is_popular)
     taken = []
     for step in range(8):
         batch = make_batch(popular_of(rank, step), 100 * rank + step)
@@ -74,7 +72,7 @@ def _dense(rank: int, finds_unused: bool) -> dict[str, Any]:
     ours._dmp_wrapped_module.register_comm_hook(
         None, lambda state, bucket: counted(state, bucket)
     )  # DDP reads annotations
-    hotline = Hotline(ours, slip._filters, is_popular, Ranks(dist.group.WORLD))
+    hotline = slip.hotline(is_popular)
     optimizers = [torch.optim.SGD(model.module.over.parameters(), lr=0.1) for model in (stock, ours)]
     reductions = []
     for step in range(8):
@@ -118,7 +116,7 @@ def test_dense_gradients_are_reduced_once(finds_unused: bool) -> None:
 def _refused(rank: int) -> str:
     model = sharded(Clicks(exact=True))
     before = state_of(model)
-    hotline = Hotline(model, Slipstream(model, NOTHING)._filters, is_popular, Ranks(dist.group.WORLD))
+    hotline = Slipstream(model, NOTHING).hotline(is_popular)
     with pytest.raises(InputError) as caught:
         hotline.backward(make_batch([True, False] * (2 + rank), 0), _unused)
     assert all(torch.equal(value, before[name]) for name, value in state_of(model).items())

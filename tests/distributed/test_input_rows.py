@@ -295,7 +295,10 @@ def _hot_batches_through_re_plans(rank: int) -> dict[str, Any]:
         model(batch.bags, batch.sequences).square().sum().backward()
         lookups, hits = served(session) - before
         selector = session._inputs._method[0]
-        is_hot = bool(selector.hot.samples([batch.bags, batch.sequences]).all_inside.all())
+        of_mine = bool(selector.hot.samples([batch.bags, batch.sequences]).all_inside.all())
+        of_all = torch.tensor(int(of_mine))  # this rank's tables serve all ranks' look-ups
+        torch.distributed.all_reduce(of_all, torch.distributed.ReduceOp.MIN)
+        is_hot = bool(of_all)
         digests.append(selector.hot.digest)
         if is_known and is_hot:
             assert hits == lookups

@@ -36,6 +36,7 @@ class Run:
     hot: Callable[[Sequence[ModelTable]], RowSets] | None = None
     drop_share: float = 0.3
     seed: int = 0
+    selector_seed: int = 0
     scale: int = 1
     watched: tuple[int, ...] = (0, 1)
     before: dict[int, list[np.ndarray]] = field(default_factory=dict)
@@ -57,7 +58,14 @@ class Run:
         shards = [one for one in watched_shards([self.filter]) if one.place in self.watched]
         hot = None if self.hot is None else self.hot_sets
         return SlipstreamSelector(
-            self.knobs, self.tables, shards, hot, Ranks(), drop_share=self.drop_share, scale=self.scale
+            self.knobs,
+            self.tables,
+            shards,
+            hot,
+            Ranks(),
+            drop_share=self.drop_share,
+            seed=self.selector_seed,
+            scale=self.scale,
         )
 
     def batch(self, number: int) -> Batch:
@@ -162,7 +170,7 @@ class Oracle:
             share = self.share(middle)
             if abs(share - self.run.drop_share) < nearest:
                 best, nearest = middle, abs(share - self.run.drop_share)
-            if abs(share - self.run.drop_share) <= self.knobs.search_window:
+            if share > 0 and abs(share - self.run.drop_share) <= self.knobs.search_window:
                 return middle, True
             low, high = (middle, high) if share < self.run.drop_share else (low, middle)
         return best, False

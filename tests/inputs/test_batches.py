@@ -198,6 +198,13 @@ def test_a_dataclass_with_its_own_weights_gets_them_there() -> None:
         weights: Tensor | None = None
 
     assert with_weights(Mine(torch.zeros(2)), torch.ones(2)).weights.tolist() == [1.0, 1.0]
+    own = Mine(torch.zeros(2), torch.tensor([3.0, 5.0]))
+    assert with_weights(own, torch.tensor([2.0, 0.5])).weights.tolist() == [6.0, 2.5]
+    of_tasks = Mine(torch.zeros(2), torch.tensor([[3.0, 1.0], [5.0, 0.0]]))
+    assert with_weights(of_tasks, torch.tensor([2.0, 0.5])).weights.tolist() == [[6.0, 2.0], [2.5, 0.0]]
+    twice = with_weights(with_weights(numbered([0, 1]), torch.tensor([3.0, 5.0])), torch.tensor([2.0, 0.5]))
+    assert type(twice) is WeightedBatch
+    assert twice.weights.tolist() == [6.0, 2.5]
     with pytest.raises(InputError, match="OneTensor has no place for it"):
         with_weights(OneTensor(torch.zeros(2)), torch.ones(2))
     with pytest.raises(StateError, match="cannot be saved; define its class at the top level"):

@@ -99,6 +99,16 @@ def test_several_labels_a_sample_are_positive_together() -> None:
         NegativeSampling(0.3).choose(dataclasses.replace(batch, labels=None))
 
 
+def test_thinning_is_refused_for_several_tasks_a_sample_and_changes_nothing() -> None:
+    batch = dataclasses.replace(numbered(range(4)), labels=torch.tensor([[0.0, 1.0], [0.0, 0.0]]).repeat(2, 1))
+    selector = NegativeSampling(0.4, weighs=False)
+    before = selector.state_dict()
+    with pytest.raises(InputError, match=r"labels \[4, 2\] are of several tasks.*method='negatives' with its weights"):
+        selector.choose(batch)
+    assert selector.state_dict() == before
+    selector.choose(dataclasses.replace(batch, labels=torch.zeros(4, 1)))
+
+
 @pytest.mark.parametrize("make", [KeepAll, lambda: RandomDrop(0.4), lambda: NegativeSampling(0.4)])
 def test_a_resumed_selector_goes_on_alike(make: Any) -> None:
     def choose(selector: Any, seeds: range) -> list[Choice]:
@@ -138,3 +148,16 @@ def test_thinning_weighs_positives_as_asked_and_negatives_once() -> None:
     assert choice.weight is not None
     assert torch.equal(choice.keep, without.keep)
     assert torch.equal(choice.weight, torch.where(batch.labels > 0.5, 3.0, 1.0))
+
+
+@pytest.mark.parametrize(("positives", "weight"), [(0.02, 4.0), (0.1, 1.2), (0.3, 1.0)])
+def test_positives_weigh_more_by_themselves_only_where_they_are_few(positives: float, weight: float) -> None:
+    selector = NegativeSampling(0.3, weighs=False, positive_weight="auto", seed=1)
+    for step in range(30):
+        batch = labelled(positives, 1000, step)
+        choice = selector.choose(batch)
+    assert choice.weight is not None
+    of_positives = choice.weight[batch.labels > 0.5]
+    assert float(of_positives.min()) == pytest.approx(weight, abs=0.05)  # 0.2 * 0.6 / 0.1 where a tenth are positive
+    assert float(of_positives.min()) == float(of_positives.max())
+    assert bool((choice.weight[batch.labels <= 0.5] == 1.0).all())

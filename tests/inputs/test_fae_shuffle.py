@@ -165,6 +165,19 @@ def test_short_batches_join_the_last_window() -> None:
     assert drained(scheduler, (2, 2)) == ["cchh"]
 
 
+@pytest.mark.parametrize("taken", range(1, 11))
+def test_a_new_epoch_begins_with_a_new_window(taken: int) -> None:
+    scheduler = ShuffleScheduler(FaeInputs(window=8, rate=50, patience=99), Script(range(99, 0, -1)))
+    waiting = [4, 6]
+    for _ in range(taken):  # the window is broken off after so many batches
+        waiting[scheduler.next(waiting)] -= 1
+    before = scheduler.state_dict()
+    scheduler.begin()
+    after = scheduler.state_dict()
+    assert [after[name] for name in ("rate", "falls", "loss")] == [before[name] for name in ("rate", "falls", "loss")]
+    assert drained(scheduler, (4, 6), (2, 2)) == ["cchhhcchhh", "chch"]
+
+
 def test_refuses() -> None:
     with pytest.raises(StateError, match="one lane"):
         ShuffleScheduler(FaeInputs()).load_state_dict(OneLane().state_dict())

@@ -56,7 +56,7 @@ def batches(steps: int, **more: Any) -> Iterator[Batch]:
 
 
 def hotline_of(model: DistributedModelParallel, slip: Slipstream) -> Hotline:
-    return Hotline(model, slip._filters, is_popular)
+    return slip.hotline(is_popular)
 
 
 def assert_equal_states(one: DistributedModelParallel, other: DistributedModelParallel) -> None:
@@ -169,7 +169,7 @@ def test_sets_of_rows_say_what_is_popular() -> None:
     model = sharded(Clicks(exact=True))
     tables = model_tables(model)
     rows = RowSets(tables, {table.fqn: torch.arange(table.rows) < HOT for table in tables})
-    hotline = Hotline(model, Slipstream(model, NOTHING)._filters, rows)
+    hotline = Slipstream(model, NOTHING).hotline(rows)
     hotline.backward(make_batch([True, False, True, False, False], 0), model)
     assert (hotline.first_samples, hotline.samples) == (2, 5)
 
@@ -197,15 +197,45 @@ def broken(model: nn.Module, kind: str) -> Any:
     }[kind]
 
 
+@pytest.mark.parametrize("popular", [[True, False] * 2, [True] * 4], ids=["divided", "whole"])
 @pytest.mark.parametrize("kind", ["no scalar", "no tensor", "detached"])
-def test_forward_that_gives_no_loss_changes_nothing(kind: str) -> None:
+def test_forward_that_gives_no_loss_changes_nothing(kind: str, popular: list[bool]) -> None:
     model = sharded(Clicks(exact=True))
     slip = Slipstream(model, NOTHING)
     before = state_of(model)
     with pytest.raises(InputError, match="let it return the mean loss over its samples, a scalar"):
-        hotline_of(model, slip).backward(make_batch([True, False] * 2, 0), broken(model, kind))
+        hotline_of(model, slip).backward(make_batch(popular, 0), broken(model, kind))
     assert all(torch.equal(value, before[name]) for name, value in state_of(model).items())
-    assert slip.report().tables["bags.t0"].lookups == 0
+    if not all(popular):
+        assert slip.report().tables["bags.t0"].lookups == 0
+
+
+def test_tables_that_one_micro_batch_looks_up_in_more_often_are_refused_before_any_gradient() -> None:
+    model = sharded(Clicks(exact=False))
+    hotline = hotline_of(model, Slipstream(model, NOTHING))
+    hotline.backward(make_batch([True, False] * 2, 0), model)  # the one that DDP's static graph sees whole
+    model.zero_grad()
+    before = state_of(model)
+
+    def forward(batch: Batch) -> Tensor:
+        more = model.module.bags(batch.sparse_features).values().sum() if bool(is_popular(batch).all()) else 0.0
+        return model(batch) + more
+
+    with pytest.raises(InputError, match=r"looked up in \[2, 1\] times in the micro-batches"):
+        hotline.backward(make_batch([True, False] * 2, 1), forward)
+    assert all(torch.equal(value, before[name]) for name, value in state_of(model).items())
+    assert all(one.grad is None or not one.grad.any() for one in model.module.over.parameters())
+
+
+def test_detached_session_makes_none_and_its_own_refuses() -> None:
+    model = sharded(Clicks(exact=True))
+    slip = Slipstream(model, NOTHING)
+    hotline = slip.hotline(is_popular)
+    slip.detach()
+    with pytest.raises(AttachError, match="this session was detached; attach a new Slipstream"):
+        slip.hotline(is_popular)
+    with pytest.raises(AttachError, match="the session was detached, so the tables would be updated once for each"):
+        hotline.backward(make_batch([True, False] * 2, 0), model)
 
 
 def test_batches_and_masks_that_do_not_fit_are_refused() -> None:
@@ -213,7 +243,7 @@ def test_batches_and_masks_that_do_not_fit_are_refused() -> None:
     slip = Slipstream(model, NOTHING)
     batch = make_batch([True, False], 0)
     with pytest.raises(InputError, match=r"torch.float32 \[2\] for a batch of 2 samples; give bool \[2\]"):
-        Hotline(model, slip._filters, lambda batch: batch.labels).backward(batch, model)
+        slip.hotline(lambda batch: batch.labels).backward(batch, model)
     keys = [f"f{i}" for i in range(len(ROWS))]
     strides = [[2], [1], [2]]
     batch.sparse_features = KeyedJaggedTensor(

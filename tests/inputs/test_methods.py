@@ -18,6 +18,7 @@ from tests.inputs.samples import numbered
 from tests.tables import TBE, make_tbe
 from torchrec_slipstream import (
     AccessConfig,
+    AccessProfile,
     FaeInputs,
     InputError,
     InputsConfig,
@@ -26,14 +27,19 @@ from torchrec_slipstream import (
     SlipstreamConfig,
     SlipstreamInputs,
     StalenessConfig,
+    TableAccess,
 )
+from torchrec_slipstream.access import calibrate
 
 ROWS, DIM, SIZE = 200, 8, 20
 KEY = "0.table_0"
 BUDGET = 4 * ROWS + 40 * (4 * DIM + 4)
 
 
-def fae_session() -> tuple[TBE, Slipstream]:
+FAE = InputsConfig(method="fae", fae=FaeInputs(window=4))
+
+
+def fae_session(inputs: InputsConfig = FAE) -> tuple[TBE, Slipstream]:
     """Hot rows that re-plans find, every ten steps, by exact counts and no clock."""
     tbe = make_tbe((ROWS,), (DIM,))
     placement = PlacementConfig(
@@ -43,7 +49,7 @@ def fae_session() -> tuple[TBE, Slipstream]:
         staleness=StalenessConfig(target_share=0.0),
         access=AccessConfig(counter="exact"),
         placement=placement,
-        inputs=InputsConfig(method="fae", fae=FaeInputs(window=4)),
+        inputs=inputs,
     )
     return tbe, Slipstream(nn.ModuleList([tbe]), config)
 
@@ -120,6 +126,40 @@ def test_fae_resumes_with_the_rows_that_are_hot_by_then(stop: int) -> None:
     second.load_state_dict(state)
     assert head + train(tbe, second, second.inputs(data)) == want
     assert len(second._hot.replans) > 4
+
+
+HOT_ROWS = 40 * (4 * DIM + 4)
+
+
+def counted() -> AccessProfile:
+    counts = np.arange(ROWS, dtype=np.int32)
+    return AccessProfile([TableAccess("table_0", ROWS, DIM, counts, lookups=int(counts.sum()), optimizer_bytes=4)], 100)
+
+
+@pytest.mark.parametrize(
+    ("method", "hot_bytes", "given", "match"),
+    [
+        ("slipstream", None, ("profile",), "hot_bytes, which is None: all rows are hot. Give hot_bytes, or no profile"),
+        ("fae", None, ("calibration",), "give inputs.. the profile that it was made from as well"),
+        ("fae", HOT_ROWS, (), "give inputs.. a profile, or leave hot_bytes at None"),
+        ("fae", HOT_ROWS, ("test_loss",), "give inputs.. a profile, or leave hot_bytes at None"),
+        ("fae", HOT_ROWS, ("profile", "calibration"), "say which rows are hot; give one of the two"),
+        ("fae", HOT_ROWS, ("calibration",), "say which rows are hot; give one of the two"),
+        ("fae", None, ("profile",), "inputs.. a profile, and FaeInputs hot_bytes or inputs.. a calibration"),
+    ],
+)
+def test_what_says_which_rows_are_hot_is_heeded_or_refused(
+    method: str, hot_bytes: int | None, given: tuple[str, ...], match: str
+) -> None:
+    """Also where the session has hot rows of its own."""
+    config = InputsConfig(
+        method=method, slipstream=SlipstreamInputs(hot_bytes=hot_bytes), fae=FaeInputs(hot_bytes=hot_bytes)
+    )
+    _, session = fae_session(config)
+    profile = counted()
+    things = {"profile": profile, "calibration": calibrate(profile, HOT_ROWS, small_table=0), "test_loss": lambda: 0.0}
+    with pytest.raises(InputError, match=match):
+        session.inputs(turning(3), **{name: things[name] for name in given})
 
 
 def slipstream_session(**more: Any) -> Slipstream:

@@ -6,11 +6,14 @@ import copy
 import io
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from tests.inputs.samples import ids_of, numbered, same
 from tests.inputs.test_stream import loader_of
@@ -28,6 +31,7 @@ from torchrec_slipstream import (
     StateError,
     WeightedBatch,
 )
+from torchrec_slipstream.inputs.batches import with_weights
 from torchrec_slipstream.report.record import RunRecord
 
 N, SIZE = 200, 16
@@ -162,16 +166,31 @@ def test_a_state_can_be_saved_again_before_all_is_handed_out_again() -> None:
     assert [ids_of(batch) for batch in again] == [ids_of(batch) for batch in want[1:]]
 
 
-def test_an_epoch_broken_off_is_left_over() -> None:
-    tbe, slip = attach(InputsConfig(method="random", drop_share=0.4))
-    first = slip.inputs(epoch_of(0))
-    train(tbe, slip, first, 3)
-    train(tbe, slip, slip.inputs(epoch_of(1)))
-    inputs = slip.report().inputs
-    assert inputs is not None
-    assert inputs.read == inputs.used + inputs.dropped + inputs.left_over
-    assert inputs.left_over > 0
-    assert inputs.epochs == 1
+@dataclass
+class Plain:
+    """A batch without a place for weights."""
+
+    dense_features: Tensor
+    sparse_features: KeyedJaggedTensor
+    labels: Tensor
+
+
+@pytest.mark.parametrize("inputs", [NEGATIVES, InputsConfig(method="thinning", drop_share=0.3, positive_weight=2.0)])
+def test_weights_without_a_place_are_refused_with_what_helps(inputs: InputsConfig) -> None:
+    loader = [Plain(one.dense_features, one.sparse_features, one.labels) for one in epoch_of(0)]
+    _, slip = attach(inputs)
+    with pytest.raises(InputError, match=r"Plain has no place .* set InputsConfig\(weigh=False, positive_weight=1\)"):
+        next(slip.inputs(loader))
+    _, slip = attach(replace(inputs, weigh=False, positive_weight=1))
+    assert all(type(batch) is Plain for batch in slip.inputs(loader))
+
+
+def test_a_samples_own_weight_is_kept() -> None:
+    _, slip = attach(replace(NEGATIVES, weigh=True))
+    _, plain = attach(replace(NEGATIVES, weigh=True))
+    loader = [with_weights(one, one.dense_features.view(-1) + 1) for one in epoch_of(0)]
+    for batch, other in zip(slip.inputs(loader), plain.inputs(epoch_of(0)), strict=True):
+        assert torch.equal(batch.weights, (batch.dense_features.view(-1) + 1) * other.weights)
 
 
 def test_a_stream_goes_on_after_detach_and_drops_nothing_more() -> None:

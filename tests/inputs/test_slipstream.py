@@ -7,6 +7,7 @@ import math
 import warnings
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from tests.inputs.skipping import FEATURES, ROWS, SIZE, Oracle, Run, hot_half, r
 from torchrec_slipstream.config import SlipstreamInputs
 from torchrec_slipstream.errors import ConfigError, StateError
 from torchrec_slipstream.inputs.rows import RowSets
-from torchrec_slipstream.inputs.search import bisect
+from torchrec_slipstream.inputs.search import Found, bisect
 from torchrec_slipstream.inputs.slipstream import SlipstreamSelector, SlipstreamShares
 from torchrec_slipstream.ranks import Ranks
 from torchrec_slipstream.tbe.watched import watched_shards
@@ -88,6 +89,17 @@ def test_against_the_method(variant: dict[str, Any], all_rows: bool, watched: tu
     assert run.selector.shares == SlipstreamShares((end + 10) * SIZE, 10 * SIZE, hot, total_dropped)
 
 
+def test_where_all_rows_are_hot_no_batch_is_looked_through_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for hot, passes in ((None, 1), (hot_half, 2)):
+        run = Run(KNOBS, hot)
+        run.train(range(25))
+        with monkeypatch.context() as patch:
+            counted = Mock(side_effect=RowSets.lookups_in)
+            patch.setattr(RowSets, "lookups_in", lambda *given, counted=counted: counted(*given))
+            run.train(range(25, 28))
+        assert counted.call_count == 3 * passes
+
+
 def test_steps_count_from_the_first_batch() -> None:
     """A session that has trained before takes its snapshots as a new one does."""
     early, late = Run(KNOBS), Run(KNOBS)
@@ -115,12 +127,37 @@ def test_an_untouched_row_is_not_stale() -> None:
 
 
 def test_a_search_that_fails_keeps_the_best_and_says_so() -> None:
-    run = Run(replace(KNOBS, max_threshold=1e-3, search_window=0.0))
+    run = Run(replace(KNOBS, search_window=0.0))
     with pytest.warns(UserWarning, match=r"no threshold that drops 30% \+- 0%.*sample_share"):
         run.train(range(25))
     (search,) = run.selector.searches
+    oracle = Oracle(run, 5, 25, range(25))
+    assert (search.found.threshold, search.found.met) == oracle.search()
     assert not search.found.met
-    assert abs(search.found.share - 0.3) <= 0.3
+    assert search.found.threshold > 0
+    assert search.found.share == oracle.share(search.found.threshold) > 0.2
+
+
+def test_a_share_within_the_window_of_none_is_searched_for_all_the_same() -> None:
+    run = Run(replace(KNOBS, search_window=0.08), drop_share=0.05)
+    run.train(range(25))
+    (search,) = run.selector.searches
+    assert search.found.met
+    assert 0 < search.found.share <= 0.13
+    assert search.stale_rows > 0
+    # At half of the range none is below, which is within the window; a twentieth is only higher up.
+    assert bisect(np.array([0.8] + 19 * [2.0]), 0.05, 0.08, 1.0, lambda mine: mine) == Found(0.875, 0.05, True, 20)
+
+
+@pytest.mark.parametrize("seed", [0, 2**24, 2**63, 2**100])
+def test_any_seed_draws(seed: int) -> None:
+    runs = [Run(replace(KNOBS, sample_share=0.5), selector_seed=of) for of in (seed, seed, seed + 1)]
+    for run in runs:
+        run.train(range(3))
+    one, other, another = (run.selector.state_dict()["sampled"] for run in runs)
+    values = [[of_kjt["values"].tolist() for of_batch in sampled for of_kjt in of_batch] for sampled in (one, other)]
+    assert values[0] == values[1]
+    assert values[0] != [of_kjt["values"].tolist() for of_batch in another for of_kjt in of_batch]
 
 
 def test_without_samples_nothing_is_stale() -> None:
@@ -235,11 +272,11 @@ def test_bisection(critical: list[float], target: float, window: float, highest:
     assert replace(several, samples=one.samples) == one
     assert several.samples == ranks * len(critical)
     if not critical:
-        assert (one.threshold, one.share) == (0.0, 0.0)
+        assert (one.threshold, one.share, one.met) == (0.0, 0.0, target == 0)
         return
     assert one.share == sum(value < one.threshold for value in critical) / len(critical)
-    assert one.met == (abs(one.share - target) <= window)
-    assert abs(one.share - target) <= target
+    assert one.met == (abs(one.share - target) <= window and (one.share > 0 or target == 0))
+    assert one.met or abs(one.share - target) <= target
     low = sum(value < highest for value in critical) / len(critical)
     if not one.met and len(set(critical)) == len(critical) and target < low:
         gaps = sorted({0.0, *(value for value in critical if value < highest)})

@@ -55,6 +55,9 @@ class LastLane:
     def __init__(self, window: int) -> None:
         self.window = window
 
+    def begin(self) -> None:
+        """Nothing is carried over."""
+
     def next(self, waiting: Sequence[int]) -> int:
         return max(range(len(waiting)), key=lambda lane: (waiting[lane] > 0, lane))
 
@@ -356,7 +359,27 @@ def test_a_state_of_other_data_or_ranks_is_refused() -> None:
         stream_of([], KeepAll(lanes=2)).load_state_dict(state)
 
 
-def test_batches_that_nobody_trains_on_are_noticed() -> None:
-    stream = InputStream(loader_of(range(100), 1), RandomDrop(0.0), OneLane(), Lockstep(None), Tally(), HandedOut())
-    with pytest.raises(InputError, match=r"64 batches were handed out, .*call the session's step\(\)"):
-        list(stream)
+def test_batches_that_nobody_trains_on_are_noticed_and_none_is_lost() -> None:
+    handed_out = HandedOut()
+    stream = InputStream(loader_of(range(100), 1), RandomDrop(0.0), OneLane(), Lockstep(None), Tally(), handed_out)
+    taken = [next(stream) for _ in range(64)]
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"64 batches were handed out, .*call the session's step\(\)"):
+            next(stream)
+    while len(taken) < 100:
+        handed_out.confirm()
+        taken.append(next(stream))
+    assert [ids_of(batch) for batch in taken] == [[i] for i in range(100)]
+
+
+def test_batches_handed_out_again_are_not_lost_either() -> None:
+    handed_out = HandedOut()
+    stream = InputStream([], RandomDrop(0.0), OneLane(), Lockstep(None), Tally(), handed_out)
+    stream.again.extend(loader_of(range(65), 1))
+    taken = [next(stream) for _ in range(64)]
+    with pytest.raises(InputError, match="64 batches"):
+        next(stream)
+    assert len(handed_out.batches) + len(stream.again) == 65
+    handed_out.confirm()
+    assert ids_of(next(stream)) == [64]
+    assert len(taken) == 64

@@ -17,7 +17,7 @@ from tests.staleness.test_tracker import ROWS, config
 from tests.staleness.test_tracker import train as steps_of
 from tests.tables import make_tbe
 from torchrec_slipstream import InputReport, Report, Slipstream
-from torchrec_slipstream.report.inputs import DropCount, LaneCount, SearchReport
+from torchrec_slipstream.report.inputs import ClassCount, DropCount, LaneCount, SearchReport
 
 _EMPTY = ("meta", "br")
 
@@ -50,6 +50,7 @@ def input_report(method: str = "slipstream") -> InputReport:
         left_over=1,
         waiting=9,
         kept_weight=700.0,
+        classes={"negative": ClassCount(800, 280, 520.0), "positive": ClassCount(200, 20, 180.0)},
         labels={"0": DropCount(800, 280), "1": DropCount(200, 20)},
         features={"f0": DropCount(1500, 450), "f1": DropCount(900, 100), "f2": DropCount(10, 0)},
         tables={"m.ebc.t_0": DropCount(2400, 550), "m.ebc.t_1": DropCount(10, 0)},

@@ -16,8 +16,9 @@ from tests.inputs.samples import numbered
 from tests.report.runs import input_report
 from torchrec_slipstream import InputReport
 from torchrec_slipstream.inputs.batches import select
+from torchrec_slipstream.inputs.blind import NegativeSampling
 from torchrec_slipstream.inputs.tally import Tally
-from torchrec_slipstream.report.inputs import DropCount, LaneCount
+from torchrec_slipstream.report.inputs import ClassCount, DropCount, LaneCount
 from torchrec_slipstream.tbe.features import ModelTable
 
 
@@ -81,6 +82,7 @@ def test_ranks_add_up() -> None:
     both = one + other
     assert (both.epochs, both.read, both.used, both.dropped, both.kept_weight) == (2, 2000, 1380, 600, 1400.0)
     assert (both.classified, both.hot) == (1200, 407)
+    assert both.classes == {"negative": ClassCount(1600, 560, 1040.0), "positive": ClassCount(400, 40, 360.0)}
     assert both.labels == {"0": DropCount(1600, 560), "1": DropCount(400, 40)}
     assert both.tables == {
         "m.ebc.t_0": DropCount(2400, 550),
@@ -104,7 +106,7 @@ def test_it_says_what_it_knows() -> None:
     assert "batches a rank: 40 cold (450 samples), 20 hot (240 samples)" in text
     assert "step 20: threshold 0.0125, 37 rows stale, for 55.0% of 64 sampled hot inputs\n" in text
     assert "step 60: threshold 0.25, 5 rows stale, for 12.5% of 60 sampled hot inputs (the share asked for was" in text
-    assert "from then on 50.0% of the inputs read were dropped, 75.0% of the hot ones" in text
+    assert "of the inputs read while stale rows were known, 50.0% were dropped, 75.0% of the hot ones" in text
     assert "logits" not in text
     assert "add -0.3254 to the model's logits" in str(input_report("thinning"))
     alike = replace(input_report(), tables={"a.t": DropCount(8, 2), "b.t": DropCount(4, 1)})
@@ -115,19 +117,44 @@ def test_it_says_what_it_knows() -> None:
 
 
 def test_the_logits_are_put_right_for_what_was_dropped_and_for_the_weight_of_positives() -> None:
-    labels = {"0": DropCount(read=900, dropped=300), "1": DropCount(read=100, dropped=0)}
-    plain = replace(input_report(), method="thinning", read=1000, dropped=300, kept_weight=700.0, labels=labels)
-    assert plain.logit_shift == pytest.approx(math.log(2 / 3))
-    weighed = replace(plain, kept_weight=600.0 + 4 * 100)
-    assert weighed.logit_shift == pytest.approx(math.log(2 / 3 / 4))
-    undropped = replace(
-        weighed, dropped=0, kept_weight=900.0 + 400, labels={**labels, "0": DropCount(read=900, dropped=0)}
-    )
-    assert undropped.logit_shift == pytest.approx(-math.log(4))
-    for other in (
-        replace(plain, method="random"),
-        replace(plain, method="negatives", kept_weight=1000.0),  # those that were kept count for those dropped
-        replace(plain, labels={}),
-        replace(plain, labels={"0": DropCount(900, 900), "1": DropCount(100, 0)}, kept_weight=100.0),
-    ):
-        assert other.logit_shift == 0.0
+    def shift(negative: ClassCount, positive: ClassCount, method: str = "thinning") -> float:
+        classes = {"negative": negative, "positive": positive}
+        return replace(input_report(method), labels={}, classes=classes).logit_shift
+
+    thinned, all_of_them = ClassCount(900, 300, 600.0), ClassCount(100, 0, 100.0)
+    assert shift(thinned, all_of_them) == shift(thinned, all_of_them, "negatives") == pytest.approx(math.log(2 / 3))
+    assert shift(thinned, ClassCount(100, 0, 400.0)) == pytest.approx(math.log(2 / 3 / 4))
+    assert shift(ClassCount(900, 0, 900.0), ClassCount(100, 0, 400.0)) == pytest.approx(-math.log(4))
+    assert shift(thinned, all_of_them, "random") == 0.0
+    # Those that were kept count for those dropped:
+    assert shift(ClassCount(900, 300, 890.0), all_of_them, "negatives") == 0.0
+    assert shift(ClassCount(900, 900, 0.0), all_of_them) == 0.0
+    assert replace(input_report("thinning"), classes={}).logit_shift == 0.0
+
+
+@pytest.mark.parametrize("labels", [(0.0, 1.0), (-1.0, 1.0), (0.5, 0.75), None])
+@pytest.mark.parametrize("positive_weight", [1.0, 2.5])
+def test_the_shift_goes_by_the_negatives_of_the_method_whatever_the_labels(
+    labels: tuple[float, float] | None, positive_weight: float
+) -> None:
+    """Of two labels, and of more values than are reported one by one; after a resume as before."""
+    selector = NegativeSampling(0.4, weighs=False, positive_weight=positive_weight)
+    tally = Tally()
+    kept_negatives = 0
+    for step in range(10):
+        draw = torch.rand(200, generator=torch.Generator().manual_seed(step))
+        is_positive = draw < 0.25
+        values = torch.where(is_positive, labels[1], labels[0]) if labels else 1.0 - draw
+        is_negative = values <= 0.5
+        batch = replace(numbered(range(200)), labels=values)
+        choice = selector.choose(batch)
+        tally.count(batch, choice.keep, choice.weight, [])
+        kept_negatives += int((is_negative & choice.keep).sum())
+    resumed = Tally()
+    resumed.load_state_dict(json.loads(json.dumps(tally.state_dict())))
+    for report in (tally.report("thinning", 0), resumed.report("thinning", 0)):
+        negative = report.classes["negative"]
+        assert negative.read - negative.dropped == kept_negatives < negative.read
+        want = math.log(kept_negatives / negative.read / positive_weight)
+        assert report.logit_shift == pytest.approx(want)
+        assert report.labels.keys() == {f"{one:g}" for one in labels or ()}

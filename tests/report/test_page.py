@@ -14,7 +14,7 @@ import pytest
 from tests.report.runs import Page, dlrm_run, input_report, session_report
 from torchrec_slipstream import InputReport
 from torchrec_slipstream.report import charts, svg
-from torchrec_slipstream.report.inputs import DropCount, LaneCount
+from torchrec_slipstream.report.inputs import ClassCount, DropCount, LaneCount
 from torchrec_slipstream.report.octaves import Octaves
 from torchrec_slipstream.report.page import page
 from torchrec_slipstream.report.placement import HitPoint, PlacementReport, Replan
@@ -110,7 +110,7 @@ def test_inputs_have_a_section_of_their_own(run: RunRecord) -> None:
         "weights of the kept samples, sum\n700\n",
         "cold batches a rank\n40 (450 samples)\n",
         "hot batches a rank\n20 (240 samples)\n",
-        "dropped, of those read since the first search\n50.0%\n",
+        "dropped, of those read while stale rows were known\n50.0%\n",
         "dropped, of the hot ones among them\n75.0%\n",
         "20\n0.0125\n55.0% of 64\nyes\n37\n",
         "60\n0.25\n12.5% of 60\nno\n5\n",
@@ -133,7 +133,16 @@ def test_what_dropped_inputs_mean_for_the_model_is_said(run: RunRecord) -> None:
     thinned = input_report("thinning")
     assert f"add {thinned.logit_shift:+.4f} to its logits" in text(thinned)
     assert thinned.logit_shift == pytest.approx(math.log(0.65 / 0.9))
-    weighed = text(replace(input_report("negatives"), kept_weight=990.0))
+    assert "As negatives were dropped and the kept ones count once, the model learnt odds" in text(thinned)
+    negative, positive = thinned.classes["negative"], replace(thinned.classes["positive"], kept_weight=720.0)
+    heavier = replace(thinned, kept_weight=1240.0, classes={"negative": negative, "positive": positive})
+    assert "dropped and the kept ones count once and positives weigh more, the model learnt" in text(heavier)
+    undropped = {"negative": ClassCount(800, 0, 800.0), "positive": ClassCount(200, 0, 800.0)}
+    assert "As positives weigh more, the model" in text(replace(heavier, dropped=0, classes=undropped))
+    before_both = replace(heavier, classes={"positive": positive})
+    assert "one over the probability" not in text(heavier) + text(before_both)
+    weights = {"negative": replace(negative, kept_weight=810.0), "positive": replace(positive, kept_weight=180.0)}
+    weighed = text(replace(input_report("negatives"), kept_weight=990.0, classes=weights))
     assert "Kept samples weigh one over the probability of being kept" in weighed
     assert "logits" not in weighed
     alike = replace(thinned, tables={f"m.t_{i}": DropCount(100, 25) for i in range(3)})

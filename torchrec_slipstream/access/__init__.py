@@ -1,6 +1,6 @@
 """How often is each row used? Access counts, what they say of a budget or a batch, and where they come from."""
 
-from torchrec_slipstream.access.calibrator import Calibration, calibrate
+from torchrec_slipstream.access.calibrator import Calibration, calibrate, least_hot_count
 from torchrec_slipstream.access.curves import HitCurve
 from torchrec_slipstream.access.drift import Drift, TableDrift
 from torchrec_slipstream.access.histogram import CountHistogram
@@ -21,4 +21,5 @@ __all__ = [
     "TableDrift",
     "calibrate",
     "expected_distinct",
+    "least_hot_count",
 ]

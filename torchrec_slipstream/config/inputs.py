@@ -45,7 +45,8 @@ class SlipstreamInputs:
     """Share of the samples read that are kept for the search, in ``(0, 1]``."""
 
     search_window: float = 0.08
-    """Accepted distance from ``InputsConfig.drop_share``, which there is of the hot samples, in ``[0, 1]``."""
+    """Accepted distance from ``InputsConfig.drop_share``, which there is of the hot samples, in ``[0, 1]``. Dropping
+    none is not accepted, however wide it is, unless ``drop_share`` is 0."""
 
     stale_lookups: int | None = None
     """Stale look-ups that a sample needs to be dropped (alpha), at least 1; None: all that it has (26 of 26)."""
@@ -137,9 +138,10 @@ class InputsConfig:
 
     * ``"off"``: all samples, in the loader's own batches.
     * ``"thinning"`` (ours): negatives (labels up to 0.5) are dropped at random and those kept count once; add
-      ``InputReport.logit_shift`` to the logits afterwards. See ``positive_weight`` as well. It puts together what is
-      known of rare events: G. King and L. Zeng, Logistic Regression in Rare Events Data, 2001, and X. He et al.,
-      Practical Lessons from Predicting Clicks on Ads at Facebook, 2014, section 6.3.
+      ``InputReport.logit_shift`` to the logits afterwards. For one label a sample, as it is the shift of one task. See
+      ``positive_weight`` as well. It puts together what is known of rare events: G. King and L. Zeng, Logistic
+      Regression in Rare Events Data, 2001, and X. He et al., Practical Lessons from Predicting Clicks on Ads at
+      Facebook, 2014, section 6.3.
     * ``"negatives"``, a control: the same, but each kept negative counts for those dropped.
     * ``"random"``, a control that a method must beat: samples are dropped by chance.
     * ``"slipstream"`` (Slipstream's): hot samples that look up nothing but stale rows are dropped. Best with
@@ -162,11 +164,12 @@ class InputsConfig:
     """Of ``"thinning"`` and ``"negatives"``: least probability of a negative to be kept, in ``(0, 1]``; its inverse
     bounds the weights, or the factor between the odds learnt and the true ones."""
 
-    positive_weight: float = 1.0
-    """Of ``"thinning"``: what the loss of a positive counts for, at least 1 and finite. Other than 1, batches come as
-    ``WeightedBatch``, and ``logit_shift`` takes it off the logits again: rare positives then have their say early, as
-    dropping yet more negatives would give them. On 64,000 Criteo impressions, 3% positives, 4 gained 0.006 of AUC, as
-    much as with nothing dropped (``drop_share=0``): ``benchmarks/inputs.py``."""
+    positive_weight: float | str = 1.0
+    """Of ``"thinning"``: what the loss of a positive counts for, at least 1 and finite; or ``"auto"``: up to 4, as far
+    as the positives then have at most a sixth of the kept samples' weight, and else 1. Other than 1, batches come as
+    ``WeightedBatch``, and ``logit_shift`` takes it off the logits again: rare positives have their say early, as
+    dropping yet more negatives would give them. It helps where positives are few (3% of the Criteo impressions, with
+    nothing dropped as well), and not where they are many: ``benchmarks/inputs.py``."""
 
     slipstream: SlipstreamInputs = field(default_factory=SlipstreamInputs)
     """What ``"slipstream"`` goes by besides."""
@@ -182,8 +185,9 @@ class InputsConfig:
         if self.min_probability == 0.0:
             raise ConfigError("min_probability=0 would let a kept sample stand for infinitely many; give more than 0")
         weight = self.positive_weight
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 1.0 <= weight < float("inf"):
-            raise ConfigError(f"positive_weight={weight!r} must be a finite number of at least 1")
+        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if weight != "auto" and not (is_number and 1.0 <= float(weight) < float("inf")):
+            raise ConfigError(f"positive_weight={weight!r} must be a finite number of at least 1, or 'auto'")
         if weight != 1.0 and self.method not in ("off", "thinning"):
             raise ConfigError(
                 f"positive_weight={weight!r} is of method='thinning', not of {self.method!r}; leave it at 1"

@@ -48,6 +48,12 @@ class SlipstreamConfig:
                 f"target_share={self.staleness.target_share} chooses the updates to leave out. Use counter='sampled' "
                 "or 'exact' (with sketch_tables for those too large), or StalenessConfig(target_share=0)."
             )
+        if self.access.counter in ("sketch", "off") and self.inputs.method == "slipstream":
+            raise ConfigError(
+                f"counter={self.access.counter!r} does not count every row's look-ups, so method='slipstream' would "
+                "know no row to be stale and drop nothing. Use counter='sampled' or 'exact' (with sketch_tables for "
+                "those too large)"
+            )
         if self.inputs.method == "slipstream" and self.staleness.target_share > 0.0:
             warnings.warn(
                 f"method='slipstream' drops samples whose rows do not move, and target_share="

@@ -158,19 +158,23 @@ def joined(pieces: Sequence[Piece]) -> Any:
 
 
 def with_weights(batch: Any, weights: Tensor) -> Any:
-    """The batch with ``weights`` (float32 [B]): a :class:`WeightedBatch`, or its own dataclass's ``weights`` field.
+    """The batch with ``weights`` (float32 [B]): a :class:`WeightedBatch`, or its own dataclass's ``weights`` field. A
+    batch whose ``weights`` [B, ...] are not None has weights of its own, which are multiplied by these.
 
     Raises:
-        InputError: it is neither a ``Batch`` nor has a field ``weights``.
+        InputError: it is neither a ``Batch`` nor has a field ``weights`` of a tensor or None.
     """
     values = _fields(batch)
-    if "weights" in values:
+    own = values.get("weights")
+    if isinstance(own, Tensor):
+        return replace(batch, weights=own * weights.view(-1, *[1] * (own.dim() - 1)))
+    if "weights" in values and own is None:
         return replace(batch, weights=weights)
     if type(batch) is Batch:
         return WeightedBatch(**values, weights=weights)
     raise InputError(
         f"this inputs method weighs samples, and {type(batch).__name__} has no place for it; give the dataclass a "
-        "field 'weights: Tensor | None = None', or set InputsConfig(weigh=False)"
+        "field 'weights: Tensor | None = None', or set InputsConfig(weigh=False, positive_weight=1)"
     )
 
 

@@ -15,7 +15,10 @@ from torch import Tensor
 from torchrec_slipstream.errors import InputError, StateError
 from torchrec_slipstream.inputs.batches import labels_of, size_of
 from torchrec_slipstream.inputs.choice import Choice
+from torchrec_slipstream.inputs.draws import Draws
 
+# "auto" lets positives weigh up to so much, as far as they have so much of the kept weight.
+_MOST_WEIGHT, _MOST_SHARE = 4.0, 1.0 / 6.0
 _MEMORY = 0.99  # weight of the past in the share of positives, an input batch
 
 
@@ -57,7 +60,7 @@ class RandomDrop:
     def __init__(self, drop_share: float, *, seed: int = 0, rank: int = 0, weighs: bool = False) -> None:
         self.weighs = weighs
         self._keep = 1.0 - drop_share
-        self._draws = _Draws(seed, rank)
+        self._draws = Draws(seed, rank)
 
     def choose(self, batch: Any) -> Choice:
         """By chance alone."""
@@ -89,7 +92,7 @@ class NegativeSampling:
     Args:
         drop_share: of all samples, in ``[0, 1)``.
         weighs: kept negatives weigh ``1 / p``, so that the expected gradient is the full one.
-        positive_weight: what a positive counts for.
+        positive_weight: what a positive counts for; "auto": see ``InputsConfig``, by the same faded shares.
         min_probability: least p, in ``(0, 1]``.
     """
 
@@ -102,20 +105,21 @@ class NegativeSampling:
         seed: int = 0,
         rank: int = 0,
         weighs: bool = True,
-        positive_weight: float = 1.0,
+        positive_weight: float | str = 1.0,
         min_probability: float = 0.1,
     ) -> None:
         self.weighs = weighs or positive_weight != 1.0
         self._weighs_negatives, self._positive_weight = weighs, positive_weight
         self._drop_share, self._min_probability = drop_share, min_probability
-        self._draws = _Draws(seed, rank)
+        self._draws = Draws(seed, rank)
         self._negatives = self._samples = 0.0  # faded sums
 
     def choose(self, batch: Any) -> Choice:
         """By label, and by chance.
 
         Raises:
-            InputError: the batch has no labels, or not one row of them a sample.
+            InputError: the batch has no labels, or those of several tasks a sample, and no weights make up for what is
+                dropped: each task's odds would then be off by another factor.
         """
         size, labels = size_of(batch), labels_of(batch)
         if labels is None:
@@ -123,7 +127,12 @@ class NegativeSampling:
                 f"methods 'thinning' and 'negatives' read labels, and {type(batch).__name__} has no tensor 'labels'; "
                 "name it so"
             )
-        negative = (labels.reshape(size, -1) <= 0.5).all(dim=1).cpu()
+        if labels.numel() > size and not self._weighs_negatives:
+            raise InputError(
+                f"labels {list(labels.shape)} are of several tasks a sample, whose logits no one shift puts right once "
+                "negatives were dropped; use method='negatives' with its weights (weigh=None)"
+            )
+        negative = negatives_of(labels)
         self._negatives = _MEMORY * self._negatives + int(negative.count_nonzero())
         self._samples = _MEMORY * self._samples + size
         probability = 1.0 - self._drop_share * self._samples / max(self._negatives, 1e-9)
@@ -131,9 +140,16 @@ class NegativeSampling:
         keep = ~negative | (self._draws.uniform(size) < probability)
         if not self.weighs:
             return Choice(keep)
-        weight = torch.full((size,), self._positive_weight)
+        weight = torch.full((size,), self._weight_of_positives(probability))
         weight[negative] = 1.0 / probability if self._weighs_negatives else 1.0
         return Choice(keep, weight)
+
+    def _weight_of_positives(self, probability: float) -> float:
+        if isinstance(self._positive_weight, float | int):
+            return float(self._positive_weight)
+        positives = max(self._samples - self._negatives, 1e-9)
+        fits = _MOST_SHARE / (1.0 - _MOST_SHARE) * probability * self._negatives / positives
+        return min(max(fits, 1.0), _MOST_WEIGHT)
 
     def step(self, steps: int) -> None:
         """Nothing changes."""
@@ -154,18 +170,9 @@ class NegativeSampling:
         self._negatives, self._samples = state["negatives"], state["samples"]
 
 
-class _Draws:
-    """Uniform numbers by (seed, rank, number of the input batch)."""
-
-    def __init__(self, seed: int, rank: int) -> None:
-        self._seed, self._rank, self.batches = seed, rank, 0
-
-    def uniform(self, size: int) -> Tensor:
-        """The next batch's, float32 [size] in [0, 1)."""
-        # Odd multipliers spread neighbouring numbers over the 64 bits, which the generator takes as they come.
-        mixed = self._seed * 0x9E3779B97F4A7C15 + self._rank * 0xBF58476D1CE4E5B9 + self.batches * 0x94D049BB133111EB
-        self.batches += 1
-        return torch.rand(size, generator=torch.Generator().manual_seed(mixed % 2**64 - 2**63))
+def negatives_of(labels: Tensor) -> Tensor:
+    """bool [B] on the CPU, the samples none of whose labels (``[B]`` or ``[B, tasks]``) is above 0.5."""
+    return (labels.detach().reshape(len(labels), -1) <= 0.5).all(dim=1).cpu()
 
 
 def _check(name: str, state: dict[str, Any]) -> None:

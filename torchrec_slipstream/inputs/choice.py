@@ -69,6 +69,11 @@ class Scheduler(Protocol):
 
     window: int
 
+    def begin(self) -> None:
+        """A new epoch begins, which is not one resumed in its middle: nothing waits of the last, which may have been
+        broken off anywhere."""
+        ...
+
     def next(self, waiting: Sequence[int]) -> int:
         """The lane of the next batch.
 
@@ -98,6 +103,9 @@ class OneLane:
     """The default scheduler: batches go out as they fill, the first lane's first."""
 
     window = 1
+
+    def begin(self) -> None:
+        """Nothing is carried over."""
 
     def next(self, waiting: Sequence[int]) -> int:
         """The first lane with a batch waiting."""

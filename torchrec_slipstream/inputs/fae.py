@@ -83,7 +83,8 @@ class ShuffleScheduler:
     did not fall, the rate is halved (not below 1); if it fell ``patience`` times in a row, it is doubled (not above
     100), and falls are counted anew. The first loss has none before it and changes nothing. One that is NaN did not
     fall, and the next is compared with the one before it. A lane that is used up takes no more turns; there is no swap
-    then, and no loss is asked for. Every window starts cold, where it has cold batches.
+    then, and no loss is asked for. Every window starts cold, where it has cold batches; from the last lane of one
+    window or epoch to the first of the next is a swap like any other.
 
     The model that is tested is a few steps behind the batch that is dealt out, as a pipeline reads ahead.
 
@@ -113,6 +114,10 @@ class ShuffleScheduler:
         # Of the window, the batches of each lane: all, and those that are to come.
         self._sizes: list[int] = []
         self._left: list[int] = []
+
+    def begin(self) -> None:
+        """Drop what is left of a window that was broken off. The rate, loss and falls stay, and which lane was last."""
+        self._quota, self._sizes, self._left = 0, [], []
 
     def next(self, waiting: Sequence[int]) -> int:
         """The lane of the next batch; asks for the test loss where that begins a new turn of another lane."""

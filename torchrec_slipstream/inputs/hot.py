@@ -13,9 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrec_slipstream.access import AccessProfile, Calibration
-from torchrec_slipstream.access.calibrator import least_hot_count
-from torchrec_slipstream.access.table import TableAccess
+from torchrec_slipstream.access import AccessProfile, Calibration, TableAccess, least_hot_count
 from torchrec_slipstream.errors import ProfileError
 from torchrec_slipstream.inputs.rows import RowSets, ShardRows
 from torchrec_slipstream.placement import Placement

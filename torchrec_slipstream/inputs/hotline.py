@@ -82,8 +82,7 @@ class Hotline:
         self._ranks = ranks if ranks is not None else Ranks()
         self._dense = DenseGradients(model)
         self._device = filters[0].device if filters else torch.device("cpu")
-        caches = any(one.tbe.lxu_cache_weights.numel() > 0 for one in filters)
-        self._beside = _Beside(self._device, caches=caches)
+        self._beside = _Beside(self._device, caches=any(one.caches_rows for one in filters))
         self.steps = self.divided_steps = self.samples = self.first_samples = 0
 
     def backward(self, batch: Any, forward: Callable[[Any], Tensor]) -> Tensor:
@@ -98,14 +97,15 @@ class Hotline:
             The mean loss of the batch, detached.
 
         Raises:
-            InputError: the batch cannot be divided, or ranks have batches of different sizes, or the loss is no scalar.
-                No gradient was computed and nothing was updated.
+            InputError: the batch cannot be divided, or ranks have batches of different sizes, or the loss is no scalar,
+                or a table was looked up in more often in one micro-batch than in the other. No gradient was computed
+                and nothing was updated.
             AttachError: the session was detached. Nothing was updated.
         """
         size = size_of(batch)
         division = self._agree(self._popular(batch), size)
         if division is None or self._dense.need_whole_batch:
-            loss = forward(batch)
+            loss = _checked_loss(forward(batch))
             loss.backward()
             loss = loss.detach()
         else:
@@ -131,6 +131,7 @@ class Hotline:
                 updates.next_micro_batch()
                 with self._beside.after(start):
                     second = _checked_loss(forward(parts[1])) * shares[1]
+                updates.check_calls()
                 first.backward()
             self._dense.reduce_with(second)
             self._beside.wait()

@@ -37,7 +37,7 @@ class LiveInputs:
         make: Callable[..., tuple[Selector, Scheduler]],
     ) -> None:
         self._config, self._group = config, group
-        self._make: Callable[..., tuple[Selector, Scheduler]] | None = make
+        self._make = make
         self._rank = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
         self._tally = Tally()
         self._ranks: Lockstep | None = None
@@ -49,6 +49,10 @@ class LiveInputs:
     def open(self, loader: Iterable[Any], **things: Any) -> Iterator[Any]:
         """The batches of an epoch; those of the epoch that a loaded state is of, from where it was.
 
+        An epoch that was left before its end is over with this: its stream gives no more, its samples that wait are
+        left over, and its batches that were handed out but not trained on count as used, and are not trained on by a
+        resumed run. A pipeline that still holds such batches would train on them first: make a new one.
+
         Raises:
             InputError: the method needs other ``things``.
             StateError: the loaded state is of another method or number of ranks; nothing was changed.
@@ -56,20 +60,21 @@ class LiveInputs:
         if self._config.method == "off":
             return iter(loader)
         if self._method is None:
-            assert self._make is not None
             method = self._make(loader, **things)
             if self._saved is not None and self._saved["selector"] is not None:
                 method[0].load_state_dict(self._saved["selector"])
                 method[1].load_state_dict(self._saved["scheduler"])
             self._ranks = Lockstep(self._group)
-            self._method, self._make = method, None
+            self._method = method
         assert self._ranks is not None
-        if self._stream is not None and not self._stream.ended:
-            self._tally.left_over += self._stream.buffered
         stream = InputStream(loader, *self._method, self._ranks, self._tally, self._handed_out)
+        if self._saved is not None and self._saved["stream"] is not None:
+            stream.load_state_dict(self._saved["stream"])
+        else:
+            self._method[1].begin()
+        if self._stream is not None:
+            self._stream.leave()
         if self._saved is not None:
-            if self._saved["stream"] is not None:
-                stream.load_state_dict(self._saved["stream"])
             stream.again.extend(unpack(one) for one in self._saved["unconfirmed"])
             self._saved = None
         self._stream = stream
@@ -84,7 +89,6 @@ class LiveInputs:
     def detach(self) -> None:
         """Choose no more: the stream that is open goes on, in lockstep, and keeps all samples that it still reads."""
         self._handed_out.forget()
-        self._make = None  # it holds the model
         if self._stream is not None:
             old = self._stream.selector
             self._stream.selector = KeepAll(lanes=old.lanes, weighs=old.weighs)

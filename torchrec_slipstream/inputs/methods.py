@@ -98,7 +98,16 @@ def _slipstream(
     hot: RowSets | Callable[[], RowSets] | None = None
     if (budget := config.slipstream.hot_bytes) is not None:
         own = around.profile
-        hot = hot_of_profile(tables, profile, budget) if profile else lambda: hot_of_profile(tables, own(), budget)
+        hot = (
+            hot_of_profile(tables, profile, budget)
+            if profile is not None
+            else lambda: hot_of_profile(tables, own(), budget)
+        )
+    elif profile is not None:
+        raise InputError(
+            "the profile says which rows are the hot ones that fit SlipstreamInputs.hot_bytes, which is None: all rows "
+            "are hot. Give hot_bytes, or no profile"
+        )
     selector = SlipstreamSelector(
         _in_steps(config.slipstream, loader, around.ranks),
         tables,
@@ -143,6 +152,7 @@ def _fae(
     test_loss: Callable[[], float] | None = None,
 ) -> Parts:
     tables, ranks = model_tables(around.model), around.ranks
+    _check_fae(config.fae.hot_bytes, profile, calibration)
     if calibration is not None and profile is not None:
         selector = FaeSelector(hot_of_calibration(tables, calibration, profile))
     elif profile is not None and config.fae.hot_bytes is not None:
@@ -157,6 +167,21 @@ def _fae(
             "inputs() a profile, and FaeInputs hot_bytes or inputs() a calibration"
         )
     return selector, ShuffleScheduler(config.fae, test_loss, ranks.total)
+
+
+def _check_fae(hot_bytes: int | float | str | None, profile: AccessProfile | None, calibration: object) -> None:
+    """Raises InputError where something that was given to say which rows are hot would not be heeded."""
+    if calibration is not None and hot_bytes is not None:
+        raise InputError(
+            f"both FaeInputs(hot_bytes={hot_bytes}) and the calibration say which rows are hot; give one of the two"
+        )
+    if profile is None and calibration is not None:
+        raise InputError("a calibration has no counts of rows; give inputs() the profile that it was made from as well")
+    if profile is None and hot_bytes is not None:
+        raise InputError(
+            f"FaeInputs(hot_bytes={hot_bytes}) is filled with the rows that a profile has most look-ups of; give "
+            "inputs() a profile, or leave hot_bytes at None to take the session's hot rows"
+        )
 
 
 def told_by(selector: Selector) -> dict[str, Any]:

@@ -73,13 +73,16 @@ class HandedOut:
         self.batches: deque[Any] = deque()
         self._forgets = False
 
-    def add(self, batch: Any) -> None:
-        """Raises InputError where nobody seems to confirm any."""
+    def check_room(self) -> None:
+        """Raises InputError where nobody seems to confirm any: ask before there is a batch that could be lost."""
         if len(self.batches) == _MOST_AHEAD:
             raise InputError(
                 f"{_MOST_AHEAD} batches were handed out, and no training step was reported for them; call the "
                 "session's step() after the training step of each batch"
             )
+
+    def add(self, batch: Any) -> None:
+        """Append the newest."""
         if not self._forgets:
             self.batches.append(batch)
 
@@ -88,10 +91,14 @@ class HandedOut:
         if self.batches:
             self.batches.popleft()
 
+    def clear(self) -> None:
+        """Forget those that wait: nobody trains on them any more."""
+        self.batches.clear()
+
     def forget(self) -> None:
         """Keep none from now on."""
         self._forgets = True
-        self.batches.clear()
+        self.clear()
 
 
 def _whole(pieces: list[Piece]) -> Any:

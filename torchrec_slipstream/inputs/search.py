@@ -29,7 +29,7 @@ class Found:
     Attributes:
         threshold: inputs that are critical below it are dropped.
         share: of the sampled inputs, over all ranks, that are.
-        met: whether the share is within the window.
+        met: whether the share is within the window, and not 0 unless that was asked for.
         samples: sampled inputs, over all ranks.
     """
 
@@ -97,7 +97,8 @@ def _packed(features: KeyedJaggedTensor) -> dict[str, Any]:
 def bisect(critical: Floats, target: float, window: float, highest: float, total: Callable[[Tensor], Tensor]) -> Found:
     """Halve ``[0, highest]`` at most 25 times, until the share of inputs below the threshold is within the window.
 
-    A search that fails gives the threshold, of 0 and those met, whose share came nearest (the first, where two did).
+    A share of 0 is not taken for a wanted one however wide the window, or a small target would drop nothing. A search
+    that fails gives the threshold, of 0 and those met, whose share came nearest (the first, where two did).
 
     Args:
         critical: ``[n]``, of each of this rank's sampled inputs the threshold above which it is dropped.
@@ -105,7 +106,7 @@ def bisect(critical: Floats, target: float, window: float, highest: float, total
         total: sums a float64 tensor over the ranks.
     """
     samples = int(total(torch.tensor([float(len(critical))], dtype=torch.float64)))
-    best = Found(0.0, 0.0, target <= window, samples)
+    best = Found(0.0, 0.0, target == 0.0, samples)
     if samples == 0 or best.met:
         return best
     low, high = 0.0, highest
@@ -113,7 +114,7 @@ def bisect(critical: Floats, target: float, window: float, highest: float, total
         middle = (low + high) / 2
         dropped = torch.tensor([float((critical < middle).sum())], dtype=torch.float64)
         share = float(total(dropped)) / samples
-        met = abs(share - target) <= window
+        met = share > 0.0 and abs(share - target) <= window
         if met or abs(share - target) < abs(best.share - target):
             best = Found(middle, share, met, samples)
         if met:

@@ -15,6 +15,7 @@ from torchrec_slipstream.config import SlipstreamInputs
 from torchrec_slipstream.errors import ConfigError, StateError
 from torchrec_slipstream.inputs.batches import kjts_of, size_of
 from torchrec_slipstream.inputs.choice import Choice
+from torchrec_slipstream.inputs.draws import Draws
 from torchrec_slipstream.inputs.movement import (
     Scale,
     ShardMovement,
@@ -130,13 +131,15 @@ class SlipstreamSelector:
         self.shares = SlipstreamShares()
         self._tables = {table.fqn: table for table in tables}
         self._shards = list(shards)
+        self._all_hot = hot is None  # then a batch's look-ups need not be looked for among them
         self._ask_hot = hot if callable(hot) else None
         self._hot = hot if isinstance(hot, RowSets) else None if callable(hot) else RowSets.all_rows(tables)
         self._ranks = ranks
         self._scale = scale
         self._begin: int | None = config.start
         self._before: list[Snapshot] | None = None
-        self._batches = self._steps = 0
+        self._draws = Draws(seed, ranks.mine)
+        self._steps = 0
         self._sampled = Sample()
 
     # ------------------------------------------------------------------------------------------- a batch
@@ -145,23 +148,23 @@ class SlipstreamSelector:
         """Drop the batch's inputs that are hot and stale; before the search, keep some for it."""
         if self._begin == 0 and self._before is None:
             self._take_snapshots()
-        self._batches += 1
         size, features = size_of(batch), kjts_of(batch)
         keep = torch.ones(size, dtype=torch.bool)
         self.shares = replace(self.shares, inputs=self.shares.inputs + size)
         if self._begin is not None:
             self._sample(features, size)
         if self.stale is not None and self._hot is not None:
-            hot = self._hot.samples(features).all_inside
             stale = self.stale.samples(features)
             config = self.config
-            keep = ~(hot & is_stale(stale, self.stale, config.stale_lookups, each_table=config.each_table)).cpu()
-            self.shares += SlipstreamShares(0, size, int(hot.sum()), size - int(keep.sum()))
+            drop = is_stale(stale, self.stale, config.stale_lookups, each_table=config.each_table)
+            inside = None if self._all_hot else self._hot.samples(features).all_inside
+            hot = size if inside is None else int(inside.sum())
+            keep = ~(drop if inside is None else drop & inside).cpu()
+            self.shares += SlipstreamShares(0, size, hot, size - int(keep.sum()))
         return Choice(keep)
 
     def _sample(self, features: Sequence[KeyedJaggedTensor], size: int) -> None:
-        generator = torch.Generator().manual_seed((self._seed << 40) ^ (self._ranks.mine << 24) ^ self._batches)
-        chosen = (torch.rand(size, generator=generator) < self.config.sample_share).nonzero().squeeze(1)
+        chosen = (self._draws.uniform(size) < self.config.sample_share).nonzero().squeeze(1)
         self._sampled.add(features, chosen)
 
     # ------------------------------------------------------------------------------------------- a step
@@ -244,7 +247,7 @@ class SlipstreamSelector:
             "shares": asdict(self.shares),
             "searches": [asdict(one) for one in self.searches],
             "begin": self._begin,
-            "batches": self._batches,
+            "draws": self._draws.batches,
             "steps": self._steps,
             "hot": None if self._hot is None else self._hot.state_dict(),
             "stale": None if self.stale is None else self.stale.state_dict(),
@@ -278,7 +281,7 @@ class SlipstreamSelector:
         self._hot, self.stale = hot, stale
         self.shares = SlipstreamShares(**state["shares"])
         self.searches = [Search(**{**one, "found": Found(**one["found"])}) for one in state["searches"]]
-        self._begin, self._batches, self._steps = state["begin"], state["batches"], state["steps"]
+        self._begin, self._draws.batches, self._steps = state["begin"], state["draws"], state["steps"]
         if before is not None:
             before = [Snapshot.from_state(one, before[one.at.key]) for one in self._shards]
         self._before = before

@@ -16,6 +16,7 @@ from torchrec_slipstream.inputs.dealing import Lockstep, batch_size, evened, wai
 from torchrec_slipstream.inputs.packing import pack, unpack
 from torchrec_slipstream.inputs.queues import HandedOut, Lane
 from torchrec_slipstream.inputs.reading import Reader
+from torchrec_slipstream.inputs.schema import Schema
 from torchrec_slipstream.inputs.tally import Tally
 
 _READING, _OVER, _FAILED = range(3)
@@ -45,9 +46,11 @@ class InputStream(Iterator[Any]):
         ended: the epoch is over.
 
     Raises (from ``next``):
-        InputError: a batch cannot be cut by samples, or ranks differ in batch size, or another rank's loader raised. An
-            exception of this rank's loader or selector comes as it is. Either way no rank is left waiting, and the
-            stream is of no more use.
+        InputError: a batch cannot be cut by samples or joined with the first, or ranks differ in batch size or fields,
+            or another rank's loader raised. An exception of this rank's loader or selector comes as it is. Either way
+            no rank is left waiting, and the stream is of no more use. Only what a scheduler's test loss raises is told
+            to no other rank: let it raise on all ranks or none.
+        InputError: too many batches wait for the session's ``step()``. None is lost: after a step the stream goes on.
     """
 
     def __init__(
@@ -64,9 +67,10 @@ class InputStream(Iterator[Any]):
         self._lanes = [Lane() for _ in range(selector.lanes)]
         self._counts = [[0] * selector.lanes for _ in range(ranks.ranks)]
         self._first_size = self._size = 0
+        self._schema = Schema()
         self._until_deal = scheduler.window
         self._exhausted = self._all_exhausted = False
-        self._broken = False
+        self._stopped = ""  # why nothing more may be asked
         self._pins: bool | None = None  # nobody knows before the first batch
         self.again: deque[Any] = deque()
         self.ended = False
@@ -77,13 +81,14 @@ class InputStream(Iterator[Any]):
         return sum(lane.samples for lane in self._lanes)
 
     def __next__(self) -> Any:
+        if self._stopped:
+            raise InputError(f"this stream {self._stopped}; take a new one from the session's inputs()")
+        if self.ended and not self.again:
+            raise StopIteration
+        self._handed_out.check_room()
         if self.again:
             self._handed_out.add(self.again[0])
             return self.again.popleft()
-        if self._broken:
-            raise InputError("this stream broke off with an error; take a new one from the session's inputs()")
-        if self.ended:
-            raise StopIteration
         try:
             lane = self._next_lane()
             if lane is None:
@@ -93,15 +98,28 @@ class InputStream(Iterator[Any]):
         except StopIteration:
             raise
         except BaseException:
-            self._broken = True
+            self._stopped = "broke off with an error"
             raise
         self._tally.hand_out(lane, size_of(batch))
         self._handed_out.add(batch)
         return batch.pin_memory() if self._pins and not is_pinned(batch) else batch
 
+    def leave(self) -> None:
+        """No more is asked for, as there is a newer stream. Unless all was handed out, the epoch breaks off here:
+        samples that wait are left over, and batches that no step has confirmed are forgotten, and stay counted as
+        used."""
+        if not self.ended or self.again:
+            self._stopped = self._stopped or "was left for a newer one"
+            self._handed_out.clear()
+            self.again.clear()
+            self._clear()
+
     def _end(self) -> None:
         self.ended = True
         self._tally.epochs += 1
+        self._clear()
+
+    def _clear(self) -> None:
         self._tally.left_over += self.buffered
         self._lanes = [Lane() for _ in self._lanes]
 
@@ -147,7 +165,9 @@ class InputStream(Iterator[Any]):
             except Exception as raised:  # to be raised once the other ranks know
                 error = raised
         status = _FAILED if error is not None else _OVER if self._exhausted else _READING
-        told = self._ranks.gather([status, self._first_size, *(lane.samples for lane in self._lanes)])
+        told = self._ranks.gather(
+            [status, self._first_size, self._schema.digest, *(lane.samples for lane in self._lanes)]
+        )
         if error is not None:
             raise error
         failed = [rank for rank, (of_rank, *_) in enumerate(told) if of_rank == _FAILED]
@@ -156,7 +176,8 @@ class InputStream(Iterator[Any]):
                 f"rank {failed[0]} could not read its next input batch; see what it raised. This rank stops with it, "
                 "as ranks train on the same number of batches"
             )
-        self._counts = [counts for _, _, *counts in told]
+        self._schema.check_ranks([digest for _, _, digest, *_ in told])
+        self._counts = [counts for _, _, _, *counts in told]
         self._all_exhausted = all(of_rank == _OVER for of_rank, *_ in told)
         self._size = self._size or _common({rank: size for rank, (_, size, *_) in enumerate(told) if size})
 
@@ -168,6 +189,7 @@ class InputStream(Iterator[Any]):
         if not (size := size_of(batch)):
             return True
         self._first_size = self._first_size or size
+        self._schema.check(batch)
         if self._pins is None:
             self._pins = is_pinned(batch)
             if self._ranks.ranks > 1:  # may have to be sent: find out here, where all ranks hear of it
@@ -219,6 +241,7 @@ class InputStream(Iterator[Any]):
             "reader": self._reader.state_dict(),
             "first_size": self._first_size,
             "size": self._size,
+            "schema": dict(self._schema.of_first),
             "until_deal": self._until_deal,
             "exhausted": self._exhausted,
             "all_exhausted": self._all_exhausted,
@@ -242,6 +265,7 @@ class InputStream(Iterator[Any]):
         lanes = [unpack(packed) if packed is not None else None for packed in state["lanes"]]
         self._reader.load_state_dict(state["reader"])
         self._first_size, self._size = state["first_size"], state["size"]
+        self._schema.of_first = dict(state["schema"])
         self._until_deal = state["until_deal"]
         self._exhausted, self._all_exhausted, self.ended = state["exhausted"], state["all_exhausted"], state["ended"]
         self._counts = [list(of_rank) for of_rank in state["counts"]]

@@ -38,7 +38,7 @@ def _counts(inputs: InputReport) -> list[list[str]]:
     ]
     if inputs.classified:
         rows += [
-            ["dropped, of those read since the first search", f"{inputs.dropped / inputs.classified:.1%}"],
+            ["dropped, of those read while stale rows were known", f"{inputs.dropped / inputs.classified:.1%}"],
             ["dropped, of the hot ones among them", f"{inputs.dropped / max(1, inputs.hot):.1%}"],
         ]
     return rows + ([["to add to the logits", f"{inputs.logit_shift:+.4f}"]] if inputs.logit_shift else [])
@@ -46,12 +46,16 @@ def _counts(inputs: InputReport) -> list[list[str]]:
 
 def _sentences(inputs: InputReport) -> list[str]:
     if inputs.logit_shift:
-        return [
-            "Negatives were dropped and the kept ones count once, so the model learnt odds that are too high by one "
-            f"factor: add {inputs.logit_shift:+.4f} to its logits before they are read as probabilities. The order of "
-            "its predictions, and so the AUC, is right without."
+        why = [
+            *(["negatives were dropped and the kept ones count once"] if inputs.classes["negative"].dropped else []),
+            *(["positives weigh more"] if inputs.classes["positive"].weighs else []),
         ]
-    if inputs.dropped and inputs.kept_weight != inputs.read - inputs.dropped:
+        return [
+            f"As {' and '.join(why)}, the model learnt odds that are too high by one factor: add "
+            f"{inputs.logit_shift:+.4f} to its logits before they are read as probabilities. The order of its "
+            "predictions, and so the AUC, is right without."
+        ]
+    if inputs.method != "thinning" and inputs.dropped and inputs.kept_weight != inputs.read - inputs.dropped:
         return ["Kept samples weigh one over the probability of being kept, so the sum is near the samples read."]
     return []
 

@@ -25,6 +25,23 @@ class DropCount:
 
 
 @dataclass(frozen=True)
+class ClassCount:
+    """``dropped`` of the ``read`` negative or positive samples, and the sum of the kept ones' weights."""
+
+    read: int
+    dropped: int
+    kept_weight: float
+
+    def __add__(self, other: ClassCount) -> ClassCount:
+        return ClassCount(self.read + other.read, self.dropped + other.dropped, self.kept_weight + other.kept_weight)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether kept samples count for other than one each."""
+        return self.kept_weight != self.read - self.dropped
+
+
+@dataclass(frozen=True)
 class LaneCount:
     """Batches of one kind that were handed out to each rank, as many to all, and the samples in all of them."""
 
@@ -44,7 +61,7 @@ class SearchReport:
         step: after which training step.
         threshold: movement; with a threshold a table, the share of each table's look-ups that moved less.
         share: of the sampled hot inputs, that the threshold drops; the search aims at ``InputsConfig.drop_share``.
-        met: whether that is within ``SlipstreamInputs.search_window``.
+        met: whether that is within ``SlipstreamInputs.search_window``, and not 0 unless that was asked for.
         samples: sampled hot inputs, over all ranks.
         stale_rows: of all tables, over all ranks.
     """
@@ -74,6 +91,8 @@ class InputReport:
         waiting: kept, for a batch to come.
         kept_weight: sum of the kept samples' weights (1 each for a method that does not weigh); where they are inverse
             probabilities, near ``read``.
+        classes: "negative" (no label above 0.5) and "positive" samples, as the methods that read labels tell them
+            apart; empty where labels are missing.
         labels: by label value; empty where labels are missing, several a sample, or of more than 16 values.
         features: by KJT key, in look-ups.
         tables: by table, in look-ups of all its features; empty where batches do not name the model's features.
@@ -91,6 +110,7 @@ class InputReport:
     left_over: int
     waiting: int
     kept_weight: float
+    classes: Mapping[str, ClassCount] = field(default_factory=dict, repr=False)
     labels: Mapping[str, DropCount] = field(default_factory=dict, repr=False)
     features: Mapping[str, DropCount] = field(default_factory=dict, repr=False)
     tables: Mapping[str, DropCount] = field(default_factory=dict, repr=False)
@@ -121,17 +141,15 @@ class InputReport:
 
         Where negatives were dropped and the kept ones count once (``"thinning"``; ``"negatives"`` without weights) the
         model learnt odds that are too high by a factor: the weight of the positives over all that were read, over the
-        share of the negatives that was kept. 0 for other methods, and before both labels were seen.
+        share of the negatives that was kept. 0 for other methods, and before samples of both classes were kept.
         """
-        of_label = [self.labels.get(label, DropCount(0, 0)) for label in ("0", "1")]
-        weighs_negatives = self.method == "negatives" and self.kept_weight != self.read - self.dropped
-        if self.method not in ("thinning", "negatives") or weighs_negatives:
+        if self.method not in ("thinning", "negatives"):
             return 0.0
-        negatives, positives = (one.read - one.dropped for one in of_label)
-        weight = self.kept_weight - negatives  # of the positives
-        if min(negatives, positives, weight) <= 0:
+        negative, positive = (self.classes.get(name, ClassCount(0, 0, 0.0)) for name in ("negative", "positive"))
+        known = min(negative.read, positive.read, negative.kept_weight, positive.kept_weight) > 0
+        if negative.weighs or not known:
             return 0.0
-        return math.log(negatives / of_label[0].read) - math.log(weight / of_label[1].read)
+        return math.log(negative.kept_weight / negative.read) - math.log(positive.kept_weight / positive.read)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, fit for JSON."""
@@ -175,14 +193,15 @@ class InputReport:
         ]
         if self.classified:
             lines.append(
-                f"from then on {self.dropped / self.classified:.1%} of the inputs read were dropped, "
+                f"of the inputs read while stale rows were known, {self.dropped / self.classified:.1%} were dropped, "
                 f"{self.dropped / max(1, self.hot):.1%} of the hot ones"
             )
         return "\n".join(lines)
 
 
 _SUMMED = ("read", "used", "dropped", "left_over", "waiting", "kept_weight", "classified", "hot")
-_COUNTED: Mapping[str, type[DropCount] | type[LaneCount]] = {
+_COUNTED: Mapping[str, type[ClassCount] | type[DropCount] | type[LaneCount]] = {
+    "classes": ClassCount,
     **dict.fromkeys(("labels", "features", "tables"), DropCount),
     "lanes": LaneCount,
 }

@@ -185,8 +185,8 @@ def _check_report(report: Report) -> None:
     if (placed := report.placement) is not None:
         parts += [placed, *placed.tables.values(), *placed.points, *placed.replans]
     if (inputs := report.inputs) is not None:
-        parts += [inputs, *inputs.labels.values(), *inputs.features.values(), *inputs.tables.values()]
-        parts += [*inputs.lanes.values(), *inputs.searches]
+        parts += [inputs, *inputs.classes.values(), *inputs.labels.values(), *inputs.features.values()]
+        parts += [*inputs.tables.values(), *inputs.lanes.values(), *inputs.searches]
     for octaves in report.spread.values():
         counts, lowest = octaves.counts, octaves.lowest
         if not isinstance(lowest, int) or abs(lowest) + len(counts) > 256 or not all(map(_is_number, counts)):

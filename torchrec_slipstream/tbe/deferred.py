@@ -108,6 +108,12 @@ class DeferredUpdates:
         for one in self._deferred:
             one.micro_batches.append([])
 
+    def check_calls(self) -> None:
+        """Raises InputError if a TBE was called more often in one micro-batch than in another. For after the last
+        forward, where no gradient is there yet; :meth:`apply` checks it as well."""
+        for one in self._deferred:
+            one.check_calls()
+
     def apply(self, positions: Sequence[Tensor]) -> None:
         """Update all rows, once.
 
@@ -188,14 +194,18 @@ class Deferral:
                 "was updated. Train it whole"
             )
 
-    def updates(self, positions: Sequence[Tensor]) -> list[Update]:
-        """For each call of the TBE in the whole batch: its look-ups and its gradient, None if none came back."""
+    def check_calls(self) -> None:
+        """Raises InputError if the micro-batches have different numbers of calls."""
         if len({len(calls) for calls in self.micro_batches}) > 1:
             tables = ", ".join(sorted({shard.table for shard in self.filter.shards}))
             raise InputError(
                 f"table(s) {tables}: looked up in {[len(calls) for calls in self.micro_batches]} times in the "
                 "micro-batches of one batch. Nothing was updated. Train such a model with whole batches"
             )
+
+    def updates(self, positions: Sequence[Tensor]) -> list[Update]:
+        """For each call of the TBE in the whole batch: its look-ups and its gradient, None if none came back."""
+        self.check_calls()
         return [self._join(calls, positions) for calls in zip(*self.micro_batches, strict=True)]
 
     def _join(self, parts: tuple[_Held, ...], positions: Sequence[Tensor]) -> Update:

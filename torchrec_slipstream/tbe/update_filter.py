@@ -127,6 +127,11 @@ class UpdateFilter(LookupCounter):
         half_mean = tbe.pooling_mode == PoolingMode.MEAN and tbe.output_dtype != SparseType.FP32.as_int()
         return not (half_mean and self.device.type == "cpu")
 
+    @property
+    def caches_rows(self) -> bool:
+        """Whether FBGEMM copies rows that are looked up into a cache of its own, and others out of it."""
+        return bool(self.tbe.lxu_cache_weights.numel() > 0)
+
     # ----------------------------------------------------------------------------------------- one forward
 
     def forward(self, stock: Callable[..., Tensor], call: Call) -> Tensor:
