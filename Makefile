@@ -80,7 +80,7 @@ test-versions: venv  ## run the tests on each torchrec that is supported (ten mi
 	$(PY) -m tests.versions --versions $(VERSIONS) --pytest="$(PYTEST)" --jobs $(JOBS) $(if $(TABLE),--markdown "$(TABLE)") \
 	    --make "TORCH_INDEX=$(TORCH_INDEX)" "PIP_FLAGS=$(PIP_FLAGS)"
 
-bench: venv  ## run every benchmark that a laptop can (a quarter of an hour or more)
+bench: venv  ## run every benchmark that a laptop can (some 20 minutes)
 	@failed=; while read -r question; do \
 	    echo "=== python -m benchmarks.$$question ($$SECONDS s so far)"; \
 	    $(PY) -W ignore -m benchmarks.$$question </dev/null || failed="$$failed $${question%% *}"; \
