@@ -26,7 +26,8 @@ STYLES = {
     **dict.fromkeys(("torchrec_uvm_caching_lfu", "uvm_caching_lfu", "lfu", "movement", "ours_movement"), (RED, "^")),
     **dict.fromkeys(("uvm_host_mapped", "xdl", "uniform"), (WINE, "X")),
     **dict.fromkeys(("dlrm_open_source", "static"), (GREY, "P")),
-    **dict.fromkeys(("random_lookups", "random", "random_inputs"), (ORANGE, "v")),
+    **dict.fromkeys(("random_lookups", "random"), (ORANGE, "v")),
+    "random_inputs": (WINE, "X"),
     # that choose inputs
     **{"negatives": (GREY, "s"), "slipstream": (RED, "^"), "slipstream_half": (WINE, "X"), "rarity": (SKY, "h")},
     **{"slipstream_relative": (RED, "<"), "slipstream_per_table": (WINE, ">"), "surprise": (INDIGO, "p")},
