@@ -42,10 +42,9 @@ from benchmarks.input_methods import DROPPING, Method
 from benchmarks.input_orders import REORDERING, Fae, HotlineSteps
 from benchmarks.jobs import JOB_OPTIONS, add_job_options, job
 from examples.metrics import Evaluation
-from examples.model import build_model
 from examples.runtime import pick_device, process_group, quiet
 from examples.samples import batches, count_batches
-from examples.train_dlrm import Data, load_data
+from examples.train_dlrm import Data, load_data, model_of
 
 Result = dict[str, Any]
 
@@ -53,18 +52,7 @@ Result = dict[str, Any]
 def train(arguments: argparse.Namespace, data: Data, name: str, share: float) -> dict[str, float]:
     """One training; "none" is stock TorchRec without a session."""
     device = pick_device(arguments.device)
-    model, optimizer, _ = build_model(
-        data.train.table_rows,
-        embedding_dim=arguments.embedding_dim,
-        dense_sizes=arguments.dense_mlp,
-        over_sizes=arguments.over_mlp,
-        learning_rate=arguments.learning_rate,
-        dense_learning_rate=arguments.dense_learning_rate or arguments.learning_rate,
-        batch_size=arguments.batch_size,
-        sharding=arguments.sharding,
-        seed=arguments.seed,
-        device=device,
-    )
+    model, optimizer, _ = model_of(arguments, data, device)
     steps = count_batches(len(data.train), arguments.batch_size) * arguments.epochs
     method: Method | Fae | HotlineSteps | None = None
     if name in (*DROPPING, "balanced"):

@@ -27,6 +27,7 @@ if __package__ in (None, ""):
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.optim.keyed import KeyedOptimizer
 from tqdm import tqdm
 
 from examples.arguments import SKIP_MODES, parse_arguments, session_config
@@ -36,7 +37,7 @@ from examples.runtime import pick_device, process_group, quiet
 from examples.runtime import world_size as ranks
 from examples.samples import Samples, batches, count_batches
 from examples.show import show
-from examples.tiers import SIMULATED, budget_bytes, tiers_for
+from examples.tiers import SIMULATED, Tiers, budget_bytes, tiers_for
 from examples.timing import StepClock
 from torchrec_slipstream import Placement, Report, Slipstream
 from torchrec_slipstream.errors import SlipstreamError
@@ -76,6 +77,25 @@ def load_data(args: Namespace) -> Data:
     return Data(train, test, best)
 
 
+def model_of(
+    args: Namespace, data: Data, device: torch.device, tiers: Tiers | None = None
+) -> tuple[DistributedModelParallel, KeyedOptimizer, Placement | None]:
+    """The model that the arguments ask for, as `build_model` gives it."""
+    return build_model(
+        data.train.table_rows,
+        embedding_dim=args.embedding_dim,
+        dense_sizes=args.dense_mlp,
+        over_sizes=args.over_mlp,
+        learning_rate=args.learning_rate,
+        dense_learning_rate=args.dense_learning_rate or args.learning_rate,
+        batch_size=args.batch_size,
+        sharding=args.sharding,
+        seed=args.seed,
+        device=device,
+        tiers=tiers,
+    )
+
+
 class Session(Protocol):
     """What `train` asks of a session: Slipstream's, or a control's in its place."""
 
@@ -104,19 +124,7 @@ def train(args: Namespace, data: Data | None = None, attach: Attach | None = Non
         tiers = tiers_for(
             data.train, args.profile, args.hbm_budget, embedding_dim=args.embedding_dim, world_size=world_size
         )
-    model, optimizer, placement = build_model(
-        data.train.table_rows,
-        embedding_dim=args.embedding_dim,
-        dense_sizes=args.dense_mlp,
-        over_sizes=args.over_mlp,
-        learning_rate=args.learning_rate,
-        dense_learning_rate=args.dense_learning_rate or args.learning_rate,
-        batch_size=args.batch_size,
-        sharding=args.sharding,
-        seed=args.seed,
-        device=device,
-        tiers=tiers,
-    )
+    model, optimizer, placement = model_of(args, data, device, tiers)
     epoch_steps = count_batches(len(data.train), args.batch_size, world_size=world_size)
     steps = epoch_steps * args.epochs
     slip = (attach or attach_slipstream(args, data))(model, steps, placement)
