@@ -16,11 +16,11 @@
 # Not known: how fast the driver hands out managed pages when they are first touched. 2 GB/s would be 10 s for 20 GB.
 #   smoke          15 s  imports, the first kernel
 #   floor          25 s  12 GiB touched; 3 row sizes x 17 rounds x 9 ways x 256 MiB
-#   rowwise       150 s  20 GB in HBM, 2 x 20 GB managed, 20 GB host-mapped: 25 to 60 s; then 6 groups of providers a
-#                        budget, 3 s of steps and about 1.5 s of warming each: 30 s a budget, 10% first
-#   adam          100 s  10 GB of weights, 31 GB with state, three times, two of them managed: 15 to 50 s; 25 s a budget
+#   rowwise       135 s  20 GB in HBM, 2 x 20 GB managed, 20 GB host-mapped: 25 to 60 s; then 6 groups of providers a
+#                        budget, 2.5 s of steps and about 1.5 s of warming each: 24 s a budget, 10% first
+#   adam           70 s  10 GB of weights, 31 GB with state, three times, two of them managed: 15 to 50 s; 18 s a budget
 #   tests          80 s  about 550 small tests, in 6 processes where pytest-xdist is there
-#   prefetch       50 s  20 GB managed, twice; 6 points of 7 rounds x 2 x 16 steps of 5 to 30 ms
+#   prefetch       40 s  20 GB managed, twice; 6 points of 5 rounds x 2 x 16 steps of 5 to 30 ms
 #   sgd            35 s  as rowwise, 10% only, fewer providers
 #   update_filter  30 s
 #   throughput     45 s  whole DLRMs, TorchRec's UVM and cache among them; half of it is making batches on the host
@@ -85,22 +85,23 @@ tests() {
 if [ "$device" = cuda ]; then
     floor() { bench floor --out "$memories"; }
     rowwise() {
-        bench hbm_budget "${measured[@]}" --kernels 16 --optimizers rowwise_adagrad --budgets 0.1 0.25 0.05 0.01 0.5
+        bench hbm_budget "${measured[@]}" --seconds 2.5 --kernels 16 --optimizers rowwise_adagrad \
+            --budgets 0.1 0.25 0.05 0.01
     }
     adam() {
-        bench hbm_budget "${measured[@]}" --kernels 16 --optimizers adam --rows 2000000 --budgets 0.1 0.25 0.05 \
+        bench hbm_budget "${measured[@]}" --kernels 16 --optimizers adam --rows 2000000 --budgets 0.1 0.25 \
             --leave-out uvm_host_mapped ours_host_mapped
     }
     sgd() {
         bench hbm_budget "${measured[@]}" --optimizers sgd --budgets 0.1 --search 1.0 \
             --leave-out uvm_host_mapped ours_host_mapped ours_caching
     }
-    prefetch() { bench prefetch_overlap; }
+    prefetch() { bench prefetch_overlap --rounds 5; }
     update_filter() {
         bench update_filter --rounds 24 --overhead-rounds 60 --batches 16 --more-dims 128 --shares 0.5 0.75
     }
     throughput() {
-        bench throughput --configurations kaggle embedding_bound --max-rows 1000000 --batch 8192 --rounds 15 \
+        bench throughput --configurations kaggle embedding_bound --max-rows 1000000 --batch 8192 --rounds 25 \
             --warmup 52 --test 16384
     }
     inputs() {
@@ -129,7 +130,7 @@ else
     profiler() { bench profiler "${small[@]}" --steps 8; }
 fi
 
-parts=(smoke:30 floor:40 rowwise:150 adam:100 tests:80 prefetch:50 sgd:35 update_filter:30 throughput:45 inputs:30
+parts=(smoke:30 floor:35 rowwise:135 adam:75 tests:80 prefetch:40 sgd:35 update_filter:30 throughput:50 inputs:25
     profiler:25)
 # On a CPU all parts are imports, and little else.
 [ "$device" = cpu ] && parts=("${parts[@]/%:*/:1}")

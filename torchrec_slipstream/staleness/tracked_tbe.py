@@ -56,7 +56,7 @@ class TrackedTbe:
         self.table_rate = decay * self.table_rate + (1.0 - decay) * new
 
         rows = self._pool_rows()
-        touches = self.filter.touches[rows]
+        touches = self.filter.touches.index_select(0, rows)
         scaled = touches.float() * self.scale
         pool = self.pool.moved_to(rows, scaled, intervals, self.shard_begins)
         assert pool.fresh is not None
@@ -146,8 +146,8 @@ class TrackedTbe:
         """
         pool = self.pool
         sampled = pool.rate < popular
-        rows = pool.rows[sampled]
-        self.filter.set_patterns(rows, torch.zeros_like(rows, dtype=torch.uint8))
+        rows = pool.rows if bool(sampled.all()) else pool.rows[sampled]
+        self.filter.set_patterns(rows, torch.zeros((), dtype=torch.uint8, device=rows.device))
         self.filter.sampling = chosen
         return self._set_duty(torch.where(sampled, 1.0 - left_out, 1.0))
 
@@ -166,7 +166,7 @@ class TrackedTbe:
         refrozen = stale & pool.thawed
         pool.thawed = was_stale & ~stale
         pool.duty = duty
-        left_out = float((pool.rate.double() * (1.0 - pool.duty.double())).sum())
+        left_out = float((pool.rate * (1.0 - duty)).sum(dtype=torch.float64))
         rows = [pool.rows.numel(), int(stale.sum()), int(pool.thawed.sum()), int(refrozen.sum())]
         return torch.tensor([*rows, left_out], dtype=torch.float64)
 

@@ -162,7 +162,7 @@ class StalenessTracker:
         if config.tail_share > 0.0:
             popular = selection.quantile_threshold(rate, rate, wanted / config.tail_share, self._total)
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        sums[0] = rate[rate < popular].double().sum()
+        sums[0] = torch.where(rate < popular, rate, 0.0).sum(dtype=torch.float64)
         sums[1] = magnitudes.isfinite().sum()
         sampled_rate, watched = (float(value) for value in self._total(sums))
         share = min(float(wanted) / max(sampled_rate, 1.0), config.max_table_share, 1.0 - config.min_probability)

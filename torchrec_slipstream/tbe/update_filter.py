@@ -86,10 +86,13 @@ class UpdateFilter(LookupCounter):
         swap_out(self.tbe)
 
     def set_patterns(self, rows: Tensor, patterns: Tensor) -> None:
-        """Give ``rows`` (int64 ``[n]``, distinct) their ``patterns`` (uint8 ``[n]``); all other rows become live."""
+        """Give ``rows`` (int64 ``[n]``, distinct) their ``patterns``: uint8 ``[n]``, or ``[]``, one for all of them.
+
+        All other rows become live.
+        """
         self.patterns.fill_(ALWAYS_LIVE)
         self.patterns[rows] = patterns
-        self.any_stale = bool((patterns != ALWAYS_LIVE).any())
+        self.any_stale = rows.numel() > 0 and bool((patterns != ALWAYS_LIVE).any())
 
     def weights(self, place: int, rows: Tensor) -> Tensor:
         """``[n, dim]``, current weights of a shard's ``rows`` (int64 ``[n]``), wherever they are, in their dtype."""
