@@ -70,14 +70,16 @@ test: venv  ## run the tests
 	$(PY) -m pytest -q
 
 # VERSIONS="1.6.1 1.9.2" for some only, PYTEST="tests/tbe -x" for pytest, JOBS=2 for two at a time, TABLE=FILE for the
-# table.
+# table, ENVIRONMENTS="DIR ..." for virtual environments that are there instead.
 VERSIONS ?= 1.6.1 1.7.0 1.8.0 1.9.2
 PYTEST   ?=
 JOBS     ?= 1
 TABLE    ?=
+ENVIRONMENTS ?=
 
 test-versions: venv  ## run the tests on each torchrec that is supported (ten minutes each)
 	$(PY) -m tests.versions --versions $(VERSIONS) --pytest="$(PYTEST)" --jobs $(JOBS) $(if $(TABLE),--markdown "$(TABLE)") \
+	    $(if $(ENVIRONMENTS),--environments $(ENVIRONMENTS)) \
 	    --make "TORCH_INDEX=$(TORCH_INDEX)" "PIP_FLAGS=$(PIP_FLAGS)"
 
 bench: venv  ## run every benchmark that a laptop can (some 20 minutes)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.versions import LOCK, VERSIONS, Result, lock_with, read_junit, table
+from tests.versions import LOCK, VERSIONS, Result, lock_with, main, read_junit, table
 from torchrec_slipstream.installed import SUPPORTED, installed, outside_of_supported, versions_note
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,6 +72,19 @@ def test_table() -> None:
         "| 1.7.0 | 2.13.0+cpu | 1.8.0 | 11 | 1 | 3 | 60 |",
         "| 1.8.0 | - | - | - | not run | - | 0 |",
     ]
+
+
+def test_runs_in_an_environment_that_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "test_some.py").write_text(TESTS)
+    markdown = tmp_path / "table.md"
+    options = ["--pytest", str(tmp_path), "--markdown", str(markdown), "--environments"]
+    assert main([*options, sys.prefix, str(tmp_path)]) == 1
+    here, nowhere = markdown.read_text().splitlines()[2:]
+    have = installed()
+    assert here.startswith(f"| {have['torchrec']} | {have['torch']} | ")
+    assert "| 2 | 3 | 1 |" in here
+    assert nowhere == f"| {tmp_path} | - | - | - | not run | - | 0 |"
+    assert "this is no virtual environment" in capsys.readouterr().out
 
 
 def test_nothing_passed_is_no_success() -> None:

@@ -4,6 +4,7 @@
 
 An environment is what `make venv` makes of ``requirements/cpu.txt`` with another torchrec in it, in a temporary
 directory, and shares nothing with ``.venv``. The tests are those of this working tree: leave it alone meanwhile.
+``--environments DIR ...`` takes virtual environments that are there instead, say with another torch.
 Ends with a table in Markdown; the README's is a copy of one. Exit status 1 where any version failed.
 """
 
@@ -98,36 +99,42 @@ def table(results: Sequence[Result]) -> str:
 
 def test_version(torchrec: str, pytest_arguments: Sequence[str], make_arguments: Sequence[str]) -> Result:
     """Set an environment up, run the tests in it, and throw it away."""
-    result = Result(torchrec)
     with tempfile.TemporaryDirectory(prefix=f"torchrec-{torchrec}-") as temporary:
         folder = Path(temporary)
-        venv, lock, junit = folder / "venv", folder / "cpu.txt", folder / "junit.xml"
+        venv, lock = folder / "venv", folder / "cpu.txt"
         lock.write_text(lock_with(LOCK.read_text(), torchrec))
         with _setting_up:
             variables = [f"VENV={venv}", f"LOCK={lock}", f"PYTHON={sys.executable}", *make_arguments]
             made = _run(torchrec, ["make", "--no-print-directory", "venv", *variables])
         if made != 0:
-            result.failures = [f"the environment could not be set up (make venv ended with {made})"]
-            return result
-        python = venv / "bin" / "python"
-        packages = metadata.distributions(path=[str(next(venv.glob("lib/*/site-packages")))])
-        have = {re.sub(r"[-_.]+", "-", one.name).lower(): one.version for one in packages}
-        result.torchrec, result.torch, result.fbgemm = (have.get(one, "-") for one in _SHOWN)
+            return Result(torchrec, failures=[f"the environment could not be set up (make venv ended with {made})"])
+        return test_environment(venv, pytest_arguments)
+
+
+def test_environment(venv: Path, pytest_arguments: Sequence[str]) -> Result:
+    """Run the tests in a virtual environment that is there."""
+    places = list(venv.glob("lib/*/site-packages"))
+    if len(places) != 1:
+        return Result(str(venv), failures=["there is no lib/python*/site-packages: this is no virtual environment"])
+    packages = metadata.distributions(path=[str(places[0])])
+    have = {re.sub(r"[-_.]+", "-", one.name).lower(): one.version for one in packages}
+    result = Result(*(have.get(one, "-") for one in _SHOWN))
+    with tempfile.TemporaryDirectory(prefix="junit-") as temporary:
+        junit = Path(temporary) / "junit.xml"
         began = time.perf_counter()
-        status = _run(
-            torchrec,
-            [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={junit}", *pytest_arguments],
-        )
+        options = ["-q", "-p", "no:cacheprovider", f"--junitxml={junit}", *pytest_arguments]
+        status = _run(result.torchrec, [str(venv / "bin" / "python"), "-m", "pytest", *options])
         result.seconds = time.perf_counter() - began
         if junit.exists():
             result.passed, result.skipped, result.failures = read_junit(junit)
             result.failed = len(result.failures)
-        if status != 0 and not result.failures:
-            result.failures = [f"pytest ended with {status} and names no test"]
+    if status != 0 and not result.failures:
+        result.failures = [f"pytest ended with {status} and names no test"]
     return result
 
 
-test_version.__test__ = False  # type: ignore[attr-defined]
+for _no_test in (test_version, test_environment):
+    _no_test.__test__ = False  # type: ignore[attr-defined]
 
 
 def _run(torchrec: str, command: list[str]) -> int:
@@ -154,15 +161,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Test the versions that are asked for; 0 where all succeeded."""
     parser = argparse.ArgumentParser(prog="python -m tests.versions", description=__doc__.splitlines()[0])
     parser.add_argument("--versions", nargs="+", default=list(VERSIONS), help="of torchrec (%(default)s)")
+    parser.add_argument(
+        "--environments", nargs="+", type=Path, metavar="DIR", help="virtual environments to use as they are, instead"
+    )
     parser.add_argument("--pytest", default="", help="arguments for pytest, in one string")
     parser.add_argument("--make", nargs="*", default=[], help="variables for make venv, such as TORCH_INDEX=...")
     parser.add_argument("--jobs", type=int, default=1, help="versions at a time (%(default)s)")
     parser.add_argument("--markdown", type=Path, help="write the table to this file as well")
     options = parser.parse_args(arguments)
+    chosen = shlex.split(options.pytest)
     with ThreadPoolExecutor(max(1, options.jobs)) as pool:
-        results = list(
-            pool.map(lambda version: test_version(version, shlex.split(options.pytest), options.make), options.versions)
-        )
+        if options.environments:
+            running = [pool.submit(test_environment, venv.absolute(), chosen) for venv in options.environments]
+        else:
+            running = [pool.submit(test_version, one, chosen, options.make) for one in options.versions]
+        results = [one.result() for one in running]
     print()
     for one in results:
         for name in one.failures:
