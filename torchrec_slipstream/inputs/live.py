@@ -17,6 +17,7 @@ from torchrec_slipstream.inputs.packing import pack, unpack
 from torchrec_slipstream.inputs.queues import HandedOut
 from torchrec_slipstream.inputs.stream import InputStream
 from torchrec_slipstream.inputs.tally import Tally
+from torchrec_slipstream.ranks import Ranks
 from torchrec_slipstream.report.inputs import InputReport
 from torchrec_slipstream.tbe.features import ModelTable
 
@@ -38,7 +39,8 @@ class LiveInputs:
     ) -> None:
         self._config, self._group = config, group
         self._make = make
-        self._rank = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
+        own = Ranks(group)
+        self._rank = (own.mine, own.number)
         self._tally = Tally()
         self._ranks: Lockstep | None = None
         self._method: tuple[Selector, Scheduler] | None = None
