@@ -1,7 +1,8 @@
 """What the benchmarks' figures are drawn with: rows, styles, panels, curves and bars.
 
 A provider has one colour and marker in every figure. Colours are Okabe and Ito's, and from Tol's muted scheme where
-those run out, so that they differ for colour-blind eyes too; no two providers of one figure share one.
+those run out, so that they differ for colour-blind eyes too; no two providers of one figure share both,
+and no two bars of one a colour.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 BLACK, GREY, ORANGE, SKY, GREEN = "#000000", "#999999", "#E69F00", "#56B4E9", "#009E73"
 BLUE, RED, PINK, WINE, INDIGO, OLIVE = "#0072B2", "#D55E00", "#CC79A7", "#882255", "#332288", "#999933"
+TEAL, SAND = "#44AA99", "#DDCC77"
 # By provider: colour and marker.
 STYLES = {
     # stock, and what is measured against
@@ -32,8 +34,8 @@ STYLES = {
     **{"negatives": (GREY, "s"), "slipstream": (RED, "^"), "slipstream_half": (WINE, "X"), "rarity": (SKY, "h")},
     **{"slipstream_relative": (RED, "<"), "slipstream_per_table": (WINE, ">"), "surprise": (INDIGO, "p")},
     **{
-        "fae": (OLIVE, "P"),
-        "hotline": (BLACK, "D"),
+        "fae": (TEAL, "P"),
+        "hotline": (SAND, "D"),
         "balanced": (BLACK, "*"),
         "thinning": (GREEN, "s"),
         "thinning_ours": (INDIGO, "p"),

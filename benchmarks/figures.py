@@ -102,16 +102,11 @@ def _over_share(axes: Axes, records: Sequence[Record], name: str) -> None:
 def throughput(records: Sequence[Record]) -> Figure:
     """Speed and AUC against stock, by configuration and provider."""
     figure, (above, below) = panels(2, 1, 6.2, sharex=True, height_ratios=[3, 2])
-    stock = {one.parameters["configuration"]: one for one in records if one.provider == "torchrec_fused"}
     others = [one for one in records if one.provider != "torchrec_fused"]
     names = list(dict.fromkeys(one.parameters["configuration"] for one in records))
 
-    def auc_delta(one: Record) -> float | None:
-        of_stock = stock.get(one.parameters["configuration"])
-        return one.quality["auc"] - of_stock.quality["auc"] if of_stock else None
-
     bars(above, others, lambda one: names.index(one.parameters["configuration"]), quality("speedup"), "{:.2f}")
-    bars(below, others, lambda one: names.index(one.parameters["configuration"]), auc_delta)
+    bars(below, others, lambda one: names.index(one.parameters["configuration"]), quality("auc_delta"))
     above.axhline(1, color="black", linewidth=1, zorder=0.9, label="torchrec_fused (stock)")
     below.axhline(0, color="black", linewidth=1)
     below.set_xticks(range(len(names)), names)

@@ -4,8 +4,9 @@
 
 A figure a question and device: ``docs/bench/QUESTION.png`` of a CPU, ``QUESTION_cuda.png`` of a GPU. A figure's rows
 are those measured as its newest row was: on the same processor, with the same versions and parameters, but for those
-that the figure is drawn over; of rows that differ in nothing else the newest. Under a figure stands what its rows
-share, and their commits and days. Questions without rows are named.
+that the figure is drawn over; of rows that differ in nothing else the newest. Differences to another row are taken
+within a run, and curves over time are of the newest run alone. Under a figure stands what its rows share, and their
+commits and days. Questions without rows are named.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import csv
 import json
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,7 @@ class Question:
         axes: parameters that a panel is drawn over.
         panels: parameters of which each combination is a panel, or a group of bars.
         along: parameters that may differ between panels, but not within one.
+        one_run: whether all rows are of one run, as where seconds are drawn that only compare within it.
     """
 
     draw: Callable[[Sequence[Record]], Figure]
@@ -52,6 +54,7 @@ class Question:
     axes: tuple[str, ...] = ()
     panels: tuple[str, ...] = ()
     along: tuple[str, ...] = ()
+    one_run: bool = False
 
 
 _OF_TRACES = ("batch", "batches", "bytes", "data", "dims", "tables")
@@ -79,7 +82,7 @@ QUESTIONS = {
     "convergence": Question(figures.convergence, ("convergence",), axes=("share",)),
     "inputs": Question(figures.inputs, ("inputs",), axes=("share",)),
     "throughput": Question(figures.throughput, ("throughput",), panels=("configuration",), along=_OF_CONFIGURATIONS),
-    "time_to_auc": Question(figures.time_to_auc, ("time_to_auc",)),
+    "time_to_auc": Question(figures.time_to_auc, ("time_to_auc",), one_run=True),
     "hbm_budget": Question(
         figures.hbm_budget, ("hbm_budget",), axes=("budget",), panels=("optimizer",), along=("rows",)
     ),
@@ -108,7 +111,28 @@ def read(path: Path) -> list[Record]:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != harness.COLUMNS:
             raise ValueError(f"{path} has the header {reader.fieldnames}, not that of benchmarks.harness; give --csv")
-        return sorted(map(_record, reader), key=lambda one: one.columns["date"])
+        return _beside_stock(sorted(map(_record, reader), key=lambda one: one.columns["date"]))
+
+
+def _beside_stock(records: list[Record]) -> list[Record]:
+    """The same, those of ``throughput`` with their difference in AUC to stock in the same run, on the same batches."""
+
+    def run(one: Record) -> tuple[str, ...]:
+        return *_run(one), one.parameters["configuration"]
+
+    found = [one for one in records if one.question == "throughput"]
+    stock = {run(one): one.quality["auc"] for one in found if one.provider == "torchrec_fused"}
+    return [
+        replace(one, quality={**one.quality, "auc_delta": one.quality["auc"] - stock[run(one)]})
+        if one.question == "throughput" and run(one) in stock
+        else one
+        for one in records
+    ]
+
+
+def _run(one: Record) -> tuple[str, str]:
+    """What rows have in common that were recorded at once."""
+    return one.columns["commit"], one.columns["date"]
 
 
 def _record(row: dict[str, str]) -> Record:
@@ -137,7 +161,11 @@ def choose(records: Iterable[Record], question: Question) -> list[Record]:
     for panel in panels.values():
         for one in _like_the_newest(panel, within):
             chosen[one.provider + _key(one, (*question.axes, *question.panels))] = one
-    return list(chosen.values())
+    rows = list(chosen.values())
+    if question.one_run and rows:
+        newest = max(rows, key=lambda one: one.columns["date"])
+        rows = [one for one in rows if _run(one) == _run(newest)]
+    return rows
 
 
 def _like_the_newest(records: Sequence[Record], but_for: set[str]) -> list[Record]:
