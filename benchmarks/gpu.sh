@@ -14,16 +14,17 @@
 #
 # What the parts should take, reckoned from PCIe 5 x16 (about 50 GB/s), 20 GB of tables, and imports of 10 s a process.
 # Not known: how fast the driver hands out managed pages when they are first touched. 2 GB/s would be 10 s for 20 GB.
-#   smoke          15 s  imports, the first kernel
+# FBGEMM also makes the map of a cached table's rows as a Python list: 3 s or so for 40 million rows, each time.
+#   smoke          15 s  imports, the first kernel, a small managed table; if that fails, nothing else is tried
 #   floor          25 s  12 GiB touched; 3 row sizes x 17 rounds x 9 ways x 256 MiB
 #   rowwise       135 s  20 GB in HBM, 2 x 20 GB managed, 20 GB host-mapped: 25 to 60 s; then 6 groups of providers a
 #                        budget, 2.5 s of steps and about 1.5 s of warming each: 24 s a budget, 10% first
 #   adam           70 s  10 GB of weights, 31 GB with state, three times, two of them managed: 15 to 50 s; 18 s a budget
-#   tests          80 s  about 550 small tests, in 6 processes where pytest-xdist is there
-#   prefetch       40 s  20 GB managed, twice; 6 points of 5 rounds x 2 x 16 steps of 5 to 30 ms
+#   tests          80 s  about 560 small tests, in 6 processes where pytest-xdist is there
+#   prefetch       45 s  20 GB managed, twice; 6 points of 5 rounds x 2 x 16 steps of 5 to 30 ms
 #   sgd            35 s  as rowwise, 10% only, fewer providers
 #   update_filter  30 s
-#   throughput     45 s  whole DLRMs, TorchRec's UVM and cache among them; half of it is making batches on the host
+#   throughput     45 s  whole DLRMs, TorchRec's UVM and cache among them; a third of it is making batches on the host
 #   inputs         25 s  5 trainings of 125 steps, for their times: too short for AUC to say much
 #   profiler       25 s
 set -uo pipefail
@@ -57,15 +58,23 @@ bench() { "$python" -W ignore -m "benchmarks.$1" --device "$device" --csv "$csv"
 smoke() {
     [ "$device" = cpu ] || nvidia-smi || true
     "$python" -W ignore - "$device" <<'PY'
-import sys
+import sys, time
 import fbgemm_gpu, torch, torchrec
 from benchmarks.tbe_exactness import difference
 print("torch", torch.__version__, "fbgemm", fbgemm_gpu.__version__, "torchrec", torchrec.__version__)
 print("ours against stock, one look-up a bag:", difference("uvm", "rowwise_adagrad", sys.argv[1], dim=16, bag=1))
+began = time.perf_counter()
+try:
+    import examples.metrics  # torchmetrics loads much of what it finds installed; throughput and inputs need it
+except Exception as error:
+    print(f"examples.metrics does not load: {error!r}")
+print(f"metrics took {time.perf_counter() - began:.1f} s to load")
 PY
 }
 
 tests() {
+    # What goes by the clock is not to run beside other tests.
+    local beside=tests/gpu/test_hotline_cuda.py::test_second_forward_runs_beside_the_firsts_backward
     local parallel=() rest=tests/gpu/test_calibration_cuda.py
     if ! "$python" -c 'import pytest, hypothesis'; then
         echo "not run: pytest or hypothesis is missing"
@@ -75,11 +84,10 @@ tests() {
         "$python" -m pytest -q -p no:cacheprovider --collect-only tests/gpu | tail -n 3
         return
     fi
-    # Bandwidths are not to be measured beside other tests. What is worth more comes first.
     "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 6)
-    "$python" -m pytest -q -p no:cacheprovider "${parallel[@]}" tests/gpu --ignore $rest
+    "$python" -m pytest -q -p no:cacheprovider "${parallel[@]}" tests/gpu --ignore $rest --deselect $beside
     local status=$?
-    "$python" -m pytest -q -p no:cacheprovider $rest && return $status
+    "$python" -m pytest -q -p no:cacheprovider $rest $beside && return $status
 }
 
 if [ "$device" = cuda ]; then
@@ -101,8 +109,13 @@ if [ "$device" = cuda ]; then
         bench update_filter --rounds 24 --overhead-rounds 60 --batches 16 --more-dims 128 --shares 0.5 0.75
     }
     throughput() {
-        bench throughput --configurations kaggle embedding_bound --max-rows 1000000 --batch 8192 --rounds 25 \
-            --warmup 52 --test 16384
+        local status=0
+        bench throughput --configurations kaggle --max-rows 1000000 --batch 8192 --warmup 52 --test 16384 || status=$?
+        # Half a million look-ups a step: on the host they would take longer than all others together.
+        bench throughput --configurations embedding_bound --warmup 52 --test 8192 --providers torchrec_fused \
+            torchrec_uvm torchrec_uvm_caching_lru torchrec_uvm_caching_lfu ours_counting ours ours_tail random_lookups \
+            ours_hot_rows ours_all || status=$?
+        return $status
     }
     inputs() {
         bench inputs --samples 160000 --rows-per-table 1000000 --batch-size 1024 --seeds 1 --share 0.3 \
@@ -130,7 +143,7 @@ else
     profiler() { bench profiler "${small[@]}" --steps 8; }
 fi
 
-parts=(smoke:30 floor:35 rowwise:135 adam:75 tests:80 prefetch:40 sgd:35 update_filter:30 throughput:50 inputs:25
+parts=(smoke:30 floor:35 rowwise:135 adam:75 tests:80 prefetch:45 sgd:35 update_filter:30 throughput:50 inputs:25
     profiler:25)
 # On a CPU all parts are imports, and little else.
 [ "$device" = cpu ] && parts=("${parts[@]/%:*/:1}")
@@ -138,12 +151,16 @@ began=$SECONDS
 weights=0
 for part in "${parts[@]}"; do weights=$((weights + ${part#*:})); done
 
-summary=() failed=0
+summary=() failed=0 smoked=1
 for part in "${parts[@]}"; do
     name=${part%:*} weight=${part#*:}
     limit=$(((total - (SECONDS - began)) * weight / weights))
     weights=$((weights - weight))
     [ -n "${ONLY:-}" ] && [[ " $ONLY " != *" $name "* ]] && continue
+    if [ "$smoked" -eq 0 ]; then
+        summary+=("$name: not started, as smoke failed")
+        continue
+    fi
     if [ "$limit" -lt 5 ]; then
         summary+=("$name: not started, $limit s are left for it")
         continue
@@ -160,6 +177,7 @@ for part in "${parts[@]}"; do
     timeout --kill-after=15 "$limit" bash -c "$what" 2>&1 | tee -a "$log"
     status=${PIPESTATUS[0]}
     took=$((SECONDS - started))
+    [ "$name" = smoke ] && [ "$status" -ne 0 ] && [ "$device" = cuda ] && smoked=0
     case $status in
     0) summary+=("$name: ran, $took s") ;;
     77) summary+=("$name: not run, see the log") ;;

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ def measure_cost(args: argparse.Namespace) -> tuple[dict[str, Timing], dict[str,
     bench = Bench(_sizes(args), args.device)
     sessions: dict[str, Slipstream] = {}
     filters: dict[str, UpdateFilter | None] = {}
-    for counter in ("off", *COUNTERS):
+    for counter in ("off", *args.counters):
         # A session attaches for good; here all must step aside for each other's turns.
         sessions[counter] = attach(bench.tbe, counter, args)
         (one,) = sessions[counter]._filters
@@ -85,7 +86,7 @@ def measure_recall(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     true = count_lookups(sizes, batches).numpy()
     tbe = make_tbe(sizes, args.device)
     result = {}
-    for counter in COUNTERS:
+    for counter in args.counters:
         session = attach(tbe, counter, args)
         for indices in tqdm(batches, desc=f"recall, {counter}", unit="step"):
             tbe(indices, offsets)
@@ -131,6 +132,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     for name, default in asdict(Sizes()).items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
+    parser.add_argument("--counters", nargs="+", choices=COUNTERS, default=list(COUNTERS), help="to be measured")
     parser.add_argument("--rounds", type=int, default=320, help="measured rounds")
     parser.add_argument("--warmup", type=int, default=8, help="rounds thrown away")
     parser.add_argument("--steps", type=int, default=256, help="steps after which recall is measured")
@@ -144,19 +146,23 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure, record and print; the result that is printed."""
     args = parse_arguments(argv)
     harness.keep_freed_memory()
+    missing = find_spec("datasketches") is None
+    not_run = {name: "needs datasketches" for name in args.counters if name == "sketch" and missing}
+    args.counters = [name for name in args.counters if name not in not_run]
     timings, counted = measure_cost(args)
     off = timings["off"].p50
     kept = measure_recall(args)
     result: dict[str, Any] = {name: {} for name in ("ratio", "counted_step", "recall", "recall_lookups")}
-    result |= {name: {} for name in ("bytes_per_row", "sketch_bytes")}
-    for counter in COUNTERS:
+    result |= {"bytes_per_row": {}, "sketch_bytes": None, "not_run": not_run}
+    for counter in args.counters:
         share = AccessConfig(counter=counter, every=args.every).scale
         seconds, of_counted = weighted_median(timings[counter], counted[counter], 1.0 / share)
         result["ratio"][counter] = seconds / off
         result["counted_step"][counter] = of_counted / off
         for key in ("recall", "recall_lookups", "bytes_per_row"):
             result[key][counter] = kept[counter][key]
-    result["sketch_bytes"] = kept["sketch"]["bytes_per_table"]
+    if "sketch" in kept:
+        result["sketch_bytes"] = kept["sketch"]["bytes_per_table"]
     result["ms"] = {name: 1e3 * timing.p50 for name, timing in timings.items()}
     print(show(result, args))
     parameters = {**asdict(_sizes(args)), "hot_share": HOT_SHARE}
@@ -188,9 +194,11 @@ def show(result: dict[str, Any], args: argparse.Namespace) -> str:
     lines += [
         f"{name:<10}{result['ratio'][name]:>8.3f}{result['counted_step'][name]:>14.3f}{result['recall'][name]:>9.1%}"
         f"{result['recall_lookups'][name]:>13.1%}{result['bytes_per_row'][name]:>13.2f}"
-        for name in COUNTERS
+        for name in result["ratio"]
     ]
-    lines.append(f"a sketch: {result['sketch_bytes']:,.0f} bytes a table, however large the table is")
+    if result["sketch_bytes"] is not None:
+        lines.append(f"a sketch: {result['sketch_bytes']:,.0f} bytes a table, however large the table is")
+    lines += [f"not run: {name}: {why}" for name, why in result["not_run"].items()]
     return "\n".join(lines)
 
 

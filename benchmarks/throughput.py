@@ -36,8 +36,8 @@ _SHAPE = ("dim", "batch", "lookups", "zipf", "positives", "table_rate", "dense_s
 
 def evaluate(provider: Provider, test: Batch, device: torch.device) -> dict[str, float]:
     """AUC and log-loss (nats) of a batch; ends the provider's training."""
-    evaluation = Evaluation(torch.device("cpu"))
-    evaluation.update(provider.predict(test).cpu(), test.labels)
+    evaluation = Evaluation(device)  # that the process group can gather from
+    evaluation.update(provider.predict(test).to(device), test.labels.to(device))
     return {name: value for name, value in evaluation.compute().items() if name in ("auc", "log_loss")}
 
 

@@ -46,6 +46,16 @@ def test_it_ends_with_one_json_line_and_appends_to_the_csv(tmp_path: Path) -> No
     assert (parameters["every"], parameters["sketch_rows"], parameters["rounds"]) == (4, 768, 24)
 
 
+def test_without_datasketches_the_sketch_is_listed_as_not_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("benchmarks.profiler.find_spec", lambda name: None)
+    result = main([*TINY, "--rounds", "4", "--counters", "exact", "sketch", "--no-record"])
+    assert result["not_run"] == {"sketch": "needs datasketches"}
+    assert set(result["recall"]) == {"exact"}
+    assert "not run: sketch: needs datasketches" in capsys.readouterr().out
+
+
 def test_no_record_leaves_the_csv_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "all.csv"
     main([*TINY, "--rounds", "4", "--no-record", "--csv", str(path)])
