@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
     except (OSError, ValueError) as error:
         raise SystemExit(f"benchmarks.plots: {error}") from error
     except ModuleNotFoundError as error:
-        raise SystemExit("benchmarks.plots: needs matplotlib: pip install torchrec-slipstream[plot]") from error
+        raise SystemExit("benchmarks.plots: needs matplotlib: pip install matplotlib") from error
     return made
 
 

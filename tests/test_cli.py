@@ -259,6 +259,9 @@ FILES = {
 }
 
 
+NO_LOOKUPS = AccessProfile([TableAccess("t", 10, 16, np.zeros(10, np.int32), optimizer_bytes=4)], samples=0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -282,6 +285,10 @@ FILES = {
             "profile LOG --out P.npz --columns user,zip*",
             r"has no column 'zip\*'; it has user, item, seen, price, name$",
         ),
+        ("profile LOG --out P.npz --columns=", "--columns: '' has an empty name; give names, or leave it out for all"),
+        ("profile LOG --out P.npz --columns user,,item", "--columns: 'user,,item' has an empty name"),
+        ("profile EMPTY --out P.npz", r"empty.parquet has no look-up in column\(s\) user \(in 0 of its 0 samples\)"),
+        ("plan --profile NOTHING", "nothing.npz has no look-ups to plan by; profile data that has some$"),
         ("profile LOG --out P.npz --columns price", "column 'price' is double; give integers or lists of integers$"),
         ("profile LOG --out P.npz --rows 10 --columns user", "user"),
         ("profile LOG --out P.npz --hash modulo --columns user", "hashed by 'modulo', which needs rows="),
@@ -315,6 +322,11 @@ FILES = {
         ("report OTHER --out p.pdf", r"--out .*p.pdf must end in .html$"),
         ("report OTHER --out nowhere/p.html", "there is no directory .*nowhere; make it first$"),
         ("report RUN.html", r"^slipstream report: --out RUN.html is a RUN itself; give another path$"),
+        (
+            "plan --calibrate --profile PROFILE --hbm-budget 3GiB",
+            "--calibrate measures instead of planning, which --profile, --hbm-budget would be for; give one or",
+        ),
+        ("plan --calibrate --devices 2 --json", "which --devices, --json would be for"),
         ("plan --calibrate --out b.npz", "--out .*b.npz must end in .json$"),
         ("plan --calibrate --seconds 0", "seconds=0.0 must be a positive number$"),
         ("plan --calibrate --row-bytes 6", "row_bytes=6 must be a positive multiple of 4$"),
@@ -326,13 +338,27 @@ def test_bad_arguments_end_with_one_line(
     monkeypatch.chdir(saved.parent)
     for name, text in FILES.items():
         (saved.parent / name).write_text(text)
-    words = {"LOG": "log.parquet", "PROFILE": "profile.npz"}
+    pq.write_table(pa.table({"user": pa.array([], pa.int64())}), "empty.parquet")
+    NO_LOOKUPS.save("nothing.npz")
+    words = {"LOG": "log.parquet", "PROFILE": "profile.npz", "EMPTY": "empty.parquet", "NOTHING": "nothing.npz"}
     before = sorted(saved.parent.iterdir())
     line = refused(capsys, [words.get(word, word) for word in arguments.split()])
     assert re.search(said, line)
     assert "\n" not in line
     assert "usage" not in line
     assert sorted(saved.parent.iterdir()) == before, "nothing was written"
+
+
+def test_what_is_not_installed_is_named(
+    saved: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setattr("torchrec_slipstream.arguments.find_spec", lambda name: None)
+    data = ["profile", str(saved.parent / "log.parquet"), "--out", str(saved.parent / "p.npz")]
+    for arguments in (data, [*data, "--columns", "user"]):
+        assert refused(capsys, arguments).endswith("reading parquet needs pyarrow: pip install pyarrow")
+    drawn = ["plan", "--profile", str(saved), "--picture", str(saved.parent / "p.png")]
+    assert refused(capsys, drawn).endswith("--picture needs matplotlib: pip install matplotlib")
 
 
 def test_tables_that_do_not_fit_say_by_how_much(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -358,7 +384,7 @@ def test_runs_as_a_module(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert (
-        done.stderr
-        == f"slipstream plan: {tmp_path / 'none.npz'} does not exist; give a profile of `slipstream profile`\n"
+    # FBGEMM may have warned before, of a torch whose build it does not know.
+    assert done.stderr.endswith(
+        f"slipstream plan: {tmp_path / 'none.npz'} does not exist; give a profile of `slipstream profile`\n"
     )

@@ -5,25 +5,30 @@ from __future__ import annotations
 import copy
 import io
 import json
+import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from tests.models import TwoCollections, batches_for, sharded
 from tests.staleness.test_tracker import ROWS, config, train
-from tests.tables import make_tbe, table_states
+from tests.tables import TBE, filtered, make_tbe, table_states
 from torchrec_slipstream import (
     AccessConfig,
     AttachError,
+    PlacementConfig,
     Report,
     Slipstream,
     SlipstreamConfig,
     StalenessConfig,
     StateError,
+    detach,
 )
 
 
@@ -117,58 +122,6 @@ def test_the_spread_of_lookups_fades_and_leaves_uncounted_tables_out() -> None:
     assert 2 ** (spread.lowest + len(spread.counts) - 1) <= int(counts.max()), "faded, not all that ever were"
 
 
-def test_state_of_another_model_or_config_changes_nothing() -> None:
-    tbe = make_tbe(ROWS, (8, 8), table_names=["a", "b"])
-    session = Slipstream(tbe, config())
-    train(tbe, session, range(60))
-    before = copy.deepcopy(session.state_dict())
-    other_names = Slipstream(make_tbe(ROWS, (8, 8)), config()).state_dict()
-    other_rows = Slipstream(make_tbe((401, 60), (8, 8), table_names=["a", "b"]), config()).state_dict()
-    other_config = Slipstream(make_tbe(ROWS, (8, 8), table_names=["a", "b"]), config(target_share=0.1)).state_dict()
-    for state, message in (
-        (other_names, r"lacks shard\(s\) \['\.a@0:0', '\.b@0:0'\]"),
-        (other_rows, r"shard \.a@0:0: the saved state has touches of shape \(401,\), this model needs \(400,\)"),
-        (other_config, r"\['target_share'\] differ"),
-        ({"version": 99, "staleness": {}}, "version=99"),
-        ({}, "version=None"),
-        ("nonsense", "version=None"),
-    ):
-        with pytest.raises(StateError, match=message):
-            session.load_state_dict(state)  # type: ignore[arg-type]
-    after = session.state_dict()
-    assert str(after) == str(before)
-
-
-def test_truncated_state_changes_nothing() -> None:
-    tbe = make_tbe(ROWS, (8, 8))
-    session = Slipstream(tbe, config())
-    train(tbe, session, range(60))
-    good = session.state_dict()
-    for key in list(good["staleness"]["shards"][".table_1@0:0"]):
-        broken = copy.deepcopy(good)
-        del broken["staleness"]["shards"][".table_1@0:0"][key]
-        with pytest.raises(StateError, match=r"\.table_1@0:0"):
-            session.load_state_dict(broken)
-        assert str(session.state_dict()) == str(good)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("steps", "many"), ("baseline", [1]), ("sampling", [1.0]), ("decisions", [{"step": 3}]), ("intervals", None)],
-)
-def test_malformed_state_changes_nothing(key: str, value: object) -> None:
-    tbe = make_tbe(ROWS, (8, 8))
-    session = Slipstream(tbe, config())
-    train(tbe, session, range(60))
-    good = session.state_dict()
-    broken = copy.deepcopy(good)
-    broken["staleness"][key] = value
-    broken["staleness"]["steps"] = value if key == "steps" else 7
-    with pytest.raises(StateError, match="malformed"):
-        session.load_state_dict(broken)
-    assert str(session.state_dict()) == str(good)
-
-
 def test_detached_session_leaves_the_model_stock() -> None:
     stock, ours = make_tbe(ROWS, (8, 8)), make_tbe(ROWS, (8, 8))
     session = Slipstream(ours, config())
@@ -185,6 +138,105 @@ def test_detached_session_leaves_the_model_stock() -> None:
     train(ours, None, range(100, 120))
     for want, got in zip(table_states(stock), table_states(ours), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+def test_the_function_detaches_a_session_that_nobody_has() -> None:
+    rows = SlipstreamConfig(
+        staleness=config().staleness, placement=PlacementConfig(hbm_budget=4000, replan_every=10, max_stall_share=None)
+    )
+    kept, lost = (nn.ModuleList([make_tbe(ROWS, (8, 8))]) for _ in range(2))
+    plain = [(type(model), type(model[0]), sorted(vars(model[0]))) for model in (kept, lost)]
+    sessions = [Slipstream(model, rows) for model in (kept, lost)]
+    for model, session in zip((kept, lost), sessions, strict=True):
+        train(model[0], session, range(60))
+        overlay = session._hot.overlays[0]
+        assert overlay is not None
+        assert overlay.dirty, "there are hot rows to be written back"
+    sessions[0].detach()
+    alive = weakref.ref(sessions.pop())
+    del session, overlay
+    with pytest.raises(
+        AttachError, match=r"attached already; detach\(\) it first, or call torchrec_slipstream.detach\("
+    ):
+        Slipstream(lost)
+    detach(lost)
+    assert alive() is None
+    assert [(type(model), type(model[0]), sorted(vars(model[0]))) for model in (kept, lost)] == plain
+    assert not lost[0]._state_dict_pre_hooks
+    for want, got in zip(table_states(kept[0]), table_states(lost[0]), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+    detach(lost)  # nothing to do
+    Slipstream(lost).detach()
+
+
+def test_the_function_detaches_whole_sessions_and_they_know() -> None:
+    first, second = make_tbe(ROWS, (8, 8)), make_tbe(ROWS, (8, 8))
+    session = Slipstream(nn.ModuleList([first, second]), config())
+    filtered(other := make_tbe(ROWS, (8, 8)), torch.ones(460, dtype=torch.bool))  # without a session
+    detach(nn.ModuleList([second, other]))
+    assert {type(one) for one in (first, second, other)} == {TBE}
+    with pytest.raises(AttachError, match="was detached"):
+        session.step()
+    with pytest.raises(AttachError, match=r"the model must be a torch\.nn\.Module, not int"):
+        detach(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": 3}, "the model must be a torch.nn.Module, not int"),
+        ({"placement": "p"}, "placement must be a Placement, such as SlipstreamPlanner.placement, not str"),
+        ({"process_group": "p"}, "process_group='p'; give a torch.distributed.ProcessGroup"),
+        ({"writer": "x"}, r"writer must have add_scalar\(tag, value, step\).* and a str has not"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused(given: dict[str, Any], message: str) -> None:
+    model = nn.ModuleList([make_tbe(ROWS, (8, 8))])
+    with pytest.raises(AttachError, match=message):
+        Slipstream(**({"model": model} | given))
+    assert type(model[0]) is TBE
+
+
+class _Pooled(nn.Module):
+    """A dense part, behind a table."""
+
+    def __init__(self, *, aside: bool = False) -> None:
+        super().__init__()
+        self.tbe = make_tbe(ROWS, (8, 8), table_names=["users", "items"])
+        if aside:
+            self.look_up = torch.compiler.disable(self.look_up)  # type: ignore[method-assign]
+
+    def look_up(self, indices: Tensor, offsets: Tensor) -> Tensor:
+        return self.tbe(indices, offsets)
+
+    def forward(self, indices: Tensor, offsets: Tensor) -> Tensor:
+        return self.look_up(indices, offsets) * 2.0
+
+
+def test_compiled_lookups_are_warned_of_once_and_the_remedy_helps() -> None:
+    batch = torch.arange(40), torch.arange(41)
+    model = _Pooled()
+    session = Slipstream(model, config())
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        compiled(*batch)  # evaluation counts for nothing anyway
+        session.step()
+    compiled(*batch).sum().backward()
+    with pytest.warns(UserWarning, match=r"table\(s\) items, users: torch.compile has traced") as caught:
+        session.step()
+    assert caught[0].filename == __file__
+    assert "decorate the method that calls the embeddings with torch.compiler.disable" in str(caught[0].message)
+    assert session.report().total.lookups == 0
+    aside = _Pooled(aside=True)
+    other = Slipstream(aside, config())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        compiled(*batch).sum().backward()
+        session.step()
+        torch.compile(aside, backend="eager")(*batch).sum().backward()
+        other.step()
+    assert other.report().total.lookups == 40
 
 
 def test_report_is_text_and_json() -> None:
@@ -270,35 +322,6 @@ def test_profile_of_a_resumed_run_equals_an_uninterrupted_ones(changes: dict[str
     train(second, resumed, range(37, 60))
     assert resumed.access_profile() == session.access_profile()
     assert session.access_profile().lookups > 0
-
-
-def test_state_counted_in_another_way_changes_nothing() -> None:
-    tbe = make_tbe(ROWS, (8, 8))
-    session = Slipstream(tbe, access_config(sketch_tables=("table_1",), half_life=20))
-    train(tbe, session, range(60))
-    good = session.state_dict()
-    other = Slipstream(make_tbe(ROWS, (8, 8)), access_config(half_life=30)).state_dict()
-    broken = {}
-    for name in ("faded", "samples", "sketch.rows", "sketch.counts", "sketch.errors", "sketch.total"):
-        broken[name] = copy.deepcopy(good)
-        del broken[name]["access"]["shards"][".table_1@0:0"][name]
-    wrong = copy.deepcopy(good)
-    wrong["access"]["shards"][".table_1@0:0"]["sketch.counts"] = torch.zeros(3)
-    short = copy.deepcopy(good)
-    short["access"]["shards"][".table_1@0:0"]["sketch.counts"] = torch.zeros(3, dtype=torch.int64)
-    for state, message in (
-        (other, r"another configuration: \['half_life', 'sketch_tables'\] differ. Use the same AccessConfig"),
-        (
-            {"version": 1, "staleness": good["staleness"]},
-            "version 1, which does not say which rows are hot; this release",
-        ),
-        *((state, rf"\.table_1@0:0: .*lacks \['{name}'\]") for name, state in broken.items()),
-        (wrong, r"table_1@0:0: the saved state has sketch\.counts of torch\.float32 \(3,\)"),
-        (short, r"table_1@0:0: the saved sketch has not a count for every row"),
-    ):
-        with pytest.raises(StateError, match=message):
-            session.load_state_dict(state)
-        assert str(session.state_dict()) == str(good)
 
 
 def test_loaded_counts_are_kept_from_the_end_of_int32_at_once() -> None:

@@ -2,6 +2,9 @@
 
 A *hot* row is one of those given fast memory. A *stale* row is a **trained** row whose updates have next to nothing
 left to gain. (Elsewhere "stale" often means untouched for long; ours is the opposite: a row must have been touched.)
+
+:class:`Slipstream` attaches to a model; its ``detach()`` makes the model stock again, and so does :func:`detach` where
+nobody has the session any more.
 """
 
 from torchrec_slipstream.installed import versions_note
@@ -33,6 +36,7 @@ try:
     from torchrec_slipstream.report.placement import PlacementReport
     from torchrec_slipstream.report.report import Report, TableReport
     from torchrec_slipstream.session import Slipstream
+    from torchrec_slipstream.tbe.class_swap import detach
 except Exception as error:
     # Most likely a name that this FBGEMM or TorchRec has elsewhere, or libraries that do not load together.
     error.add_note(versions_note())
@@ -65,4 +69,5 @@ __all__ = [
     "TableAccess",
     "TableReport",
     "WeightedBatch",
+    "detach",
 ]

@@ -7,8 +7,6 @@ each with its length in the header. zipfile's checksums tell a flipped bit, the 
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from torchrec_slipstream.errors import SlipstreamError
+from torchrec_slipstream.writing import whole_file
 
 _HEADER = "header.json"
 # Level 1 of zlib: counts compress nearly as well as at 6, in a fifth of the time.
@@ -60,30 +59,22 @@ class FileFormat:
         Raises:
             the format's error: the path cannot be written.
         """
-        path = Path(path)
         whole = {
             "format": self.name,
             "version": self.version,
             **header,
             "lengths": {name: len(array) for name, array in arrays.items()},
         }
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        try:
-            try:
-                method = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
-                with (
-                    open(temporary, "xb") as file,
-                    zipfile.ZipFile(file, "w", method, compresslevel=_LEVEL) as archive,
-                ):
-                    archive.writestr(_HEADER, json.dumps(whole))
-                    for name, array in arrays.items():
-                        with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                            np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-        except OSError as error:
-            raise self.error(f"cannot write {path}: {error}; give a path that can be written") from error
+        method = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
+        with (
+            whole_file(path, self.error) as temporary,
+            open(temporary, "xb") as file,
+            zipfile.ZipFile(file, "w", method, compresslevel=_LEVEL) as archive,
+        ):
+            archive.writestr(_HEADER, json.dumps(whole))
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
 
     def read(self, path: str | Path, parse: Callable[[dict[str, Any], GetArray], T]) -> T:
         """Read a file: ``parse`` gets its header, and a function that reads an array by name.

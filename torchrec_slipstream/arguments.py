@@ -36,8 +36,8 @@ def make_parser(description: str, profile: Command, plan: Command, report: Comma
     one.set_defaults(run=profile, prog=one.prog)
     one.add_argument("data", type=Path, metavar="DATA", help="parquet; columns of integers, or of lists of integers")
     one.add_argument("--out", type=Path, required=True, metavar="FILE.npz", help="where the profile goes")
-    one.add_argument("--columns", metavar="NAMES", help="id columns, with commas; * and ? stand for what fits "
-                     "(default: all of integers)")  # fmt: skip
+    one.add_argument("--columns", type=_names, metavar="NAMES", help="id columns, with commas; * and ? stand for what "
+                     "fits (default: all of integers)")  # fmt: skip
     one.add_argument("--table-names", type=_naming, metavar="t_{}", help="what tables are called; {} is the column")
     one.add_argument("--rows", type=_whole(1), metavar="N", help="of each table (default: its largest id + 1)")
     one.add_argument("--hash", choices=("none", "modulo"), default="none", help="how ids become rows (default: none)")
@@ -120,6 +120,13 @@ def _shardings(text: str) -> list[str]:
     return kinds
 
 
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name; give names, or leave it out for all columns")
+    return names
+
+
 def _naming(text: str) -> str:
     if "{}" not in text:
         raise argparse.ArgumentTypeError(f"{text!r} names all tables alike; put {{}} where the column's name goes")
@@ -146,4 +153,4 @@ def can_draw(path: Path) -> None:
     """The same for a picture, and ImportError without matplotlib."""
     can_write(path, "--picture", ".png")
     if find_spec("matplotlib") is None:
-        raise ImportError("--picture needs matplotlib: pip install torchrec-slipstream[plot]")
+        raise ImportError("--picture needs matplotlib: pip install matplotlib")

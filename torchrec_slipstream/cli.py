@@ -34,6 +34,7 @@ from torchrec.distributed.planner.constants import DDR_CAP
 from torchrec.modules.embedding_configs import DataType
 
 from torchrec_slipstream.access import AccessProfile
+from torchrec_slipstream.access.parquet import pyarrow_modules
 from torchrec_slipstream.arguments import can_draw, can_write, is_file, make_parser
 from torchrec_slipstream.errors import ConfigError, PlanError, ProfileError, SlipstreamError
 from torchrec_slipstream.placement import Placement, SlipstreamPlanner
@@ -47,11 +48,13 @@ _SHARES = (0.01, 0.05, 0.1, 0.25)
 # Tables of more rows than so many times their look-ups are likely raw ids that training will hash.
 _RAW = 1000
 _WEIGHTS = {4: DataType.FP32, 2: DataType.FP16}
+# Options of `slipstream plan` that calibrating heeds.
+_CALIBRATES = ("device", "row_bytes", "seconds", "out")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line (default: ``sys.argv``'s); its exit status. What cannot be done ends in one message."""
-    args = make_parser(__doc__ or "", profile, plan, report).parse_args(argv)
+    args = _parse(argv)
     try:
         with _hushed():
             return int(args.run(args))
@@ -64,6 +67,10 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(args.prog, f"out of host memory ({error or 'allocation failed'}); give fewer rows or columns")
 
 
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    return make_parser(__doc__ or "", profile, plan, report).parse_args(argv)
+
+
 # ------------------------------------------------------------------------------------------------------------ profile
 
 
@@ -73,7 +80,7 @@ def profile(args: argparse.Namespace) -> int:
     can_write(args.out, "--out", ".npz")
     if args.picture is not None:
         can_draw(args.picture)
-    columns = _columns(args.data, args.columns) if args.columns else None
+    columns = _columns(args.data, args.columns) if args.columns is not None else None
     names = args.table_names
     if names is not None and columns is None:
         raise ConfigError("--table-names needs --columns, which says what to name")
@@ -99,18 +106,13 @@ def profile(args: argparse.Namespace) -> int:
     return 0
 
 
-def _columns(path: Path, wanted: str) -> list[str]:
+def _columns(path: Path, patterns: list[str]) -> list[str]:
     """The file's columns that match the names or patterns, in the file's order."""
+    pyarrow, parquet = pyarrow_modules()
     try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError("reading parquet needs pyarrow: pip install torchrec-slipstream[data]") from error
-    try:
-        there: list[str] = pyarrow.parquet.read_schema(path).names
+        there: list[str] = parquet.read_schema(path).names
     except (pyarrow.ArrowException, OSError) as error:
         raise ProfileError(f"{path} cannot be read as parquet ({error}); give a whole parquet file") from error
-    patterns = [pattern.strip() for pattern in wanted.split(",")]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in there):
             raise ProfileError(f"{path} has no column {pattern!r}; it has {', '.join(there)}")
@@ -159,6 +161,8 @@ def plan(args: argparse.Namespace) -> int:
     describes = {"world_size": args.devices, "local_world_size": per_host, "compute_device": args.device or "cuda"}
     measured = bandwidths if bandwidths is not None else Bandwidths(row_bytes=4, threads=1, machine="unknown")
     found = AccessProfile.load(args.profile)
+    if not found.lookups:
+        raise ProfileError(f"{args.profile} has no look-ups to plan by; profile data that has some")
     optimizer = args.optimizer if args.optimizer is not None else _optimizer_of(found)
     planner = SlipstreamPlanner(
         profile=found,
@@ -182,6 +186,13 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
+    plain = vars(_parse(["plan", "--calibrate"]))
+    in_vain = [name for name, value in plain.items() if name not in _CALIBRATES and vars(args)[name] != value]
+    if in_vain:
+        options = ", ".join("--" + name.replace("_", "-") for name in in_vain)
+        raise ConfigError(
+            f"--calibrate measures instead of planning, which {options} would be for; give one or the other"
+        )
     if args.out is not None:
         can_write(args.out, "--out", ".json")
     found = calibrate(args.device, row_bytes=args.row_bytes, seconds=args.seconds)

@@ -9,26 +9,24 @@ from typing import Any, overload
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchrec.distributed.model_parallel import DMPCollection
 
 from torchrec_slipstream.access import AccessProfile
 from torchrec_slipstream.access.live import LiveCounts, has_row_counts
 from torchrec_slipstream.config import SlipstreamConfig
-from torchrec_slipstream.errors import AttachError, StateError
+from torchrec_slipstream.errors import AttachError
 from torchrec_slipstream.inputs.hotline import Hotline
 from torchrec_slipstream.inputs.live import LiveInputs
 from torchrec_slipstream.inputs.methods import Surroundings, make
 from torchrec_slipstream.inputs.rows import RowSets
 from torchrec_slipstream.placement import Placement
-from torchrec_slipstream.placement.attaching import attach_hot_rows
+from torchrec_slipstream.placement.attaching import attach_hot_rows, check_can_have_hot_rows, wants_hot_rows
 from torchrec_slipstream.placement.hot_rows import HotRows
 from torchrec_slipstream.ranks import Ranks
 from torchrec_slipstream.report.report import Report
-from torchrec_slipstream.session_report import ScalarWriter, report_of, write_scalars
+from torchrec_slipstream.session_report import ScalarWriter, check_writer, report_of, write_scalars
+from torchrec_slipstream.session_state import STATE_VERSION, check_whole, checking
 from torchrec_slipstream.staleness.tracker import StalenessTracker
 from torchrec_slipstream.tbe import UpdateFilter, find_tbes, process_group_of
-
-STATE_VERSION = 4
 
 
 class Slipstream:
@@ -51,8 +49,8 @@ class Slipstream:
 
     Raises:
         AttachError: the model has no TBE, or one that cannot be filtered, or is attached already; or a table is to be
-            counted by a sketch and datasketches is not installed; or the placement is of another model. Nothing
-            changed.
+            counted by a sketch and datasketches is not installed; or the placement is of another model; or an argument
+            is of another type. Nothing changed; with a placement or a budget, on no rank.
 
     Example::
 
@@ -76,45 +74,23 @@ class Slipstream:
         self.config = config if config is not None else SlipstreamConfig()
         if not isinstance(self.config, SlipstreamConfig):
             raise AttachError(f"config must be a SlipstreamConfig, not {type(config).__name__}")
-        staleness, access = self.config.staleness, self.config.access
-        wants_hot_rows = placement is not None or self.config.placement.hbm_budget is not None
-        if isinstance(model, DMPCollection) and wants_hot_rows:
-            raise AttachError(
-                "a DMPCollection averages its replicas' tables behind the hot rows' back; attach without a placement "
-                "and without hbm_budget, or shard with DistributedModelParallel"
-            )
-        found = find_tbes(
-            model,
-            frozenset(staleness.exclude_tables),
-            sketch_tables=frozenset(access.sketch_tables),
-            skips=staleness.target_share > 0.0,
-        )
+        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+            raise AttachError(f"process_group={process_group!r}; give a torch.distributed.ProcessGroup, or None")
+        access = self.config.access
+        is_placed = wants_hot_rows(self.config.placement, placement)
         group = process_group if process_group is not None else process_group_of(model)
         self._ranks = ranks = Ranks.of(group)
-        self._filters = [
-            UpdateFilter(one.counting(lambda shard: has_row_counts(shard, access)), fades=access.half_life is not None)
-            for one in found
-        ]
-        # None of these has a method of ours: a session that nobody has any more shall go at once, with its fast memory.
-        self._counts = LiveCounts(self._filters, access)
-        self._tracker = StalenessTracker(self._filters, staleness, ranks.total, ranks.device, scale=access.scale)
-        hot_rows = partial(
-            HotRows,
-            self._filters,
-            self.config.placement,
-            placement,
-            rank=ranks.mine,
-            counted=self._counts.counted_steps,
-            total=ranks.total,
-            group_device=ranks.device,
+        # No part keeps a method of ours, but the filters while attached: a session that nobody has any more shall go at
+        # once, with its fast memory.
+        self._hot = hot = attach_hot_rows(
+            lambda: self._prepare(model, placement, writer), ranks.total, ranks.device, collective=is_placed
         )
-        self._hot = hot = attach_hot_rows(hot_rows, ranks.total, ranks.device, collective=wants_hot_rows)
         self._around = Surroundings(
             model,
             self._filters,
             ranks,
             placement,
-            moves=partial(_moves, hot) if wants_hot_rows and self.config.placement.replan_every else None,
+            moves=partial(_moves, hot) if is_placed and self.config.placement.replan_every else None,
             scale=access.scale,
             profile=partial(self._counts.profile, ranks),
         )
@@ -123,7 +99,34 @@ class Slipstream:
         self._began, self._first_step = time.perf_counter(), 0
         self._attached = True
         for one in self._filters:
-            one.attach()
+            one.attach(self.detach)
+
+    def _prepare(self, model: nn.Module, placement: Placement | None, writer: ScalarWriter | None) -> HotRows:
+        """Everything that this rank can refuse by itself, and that changes nothing of the model yet: its hot rows."""
+        staleness, access, ranks = self.config.staleness, self.config.access, self._ranks
+        check_writer(writer)
+        check_can_have_hot_rows(model, self.config.placement, placement)
+        found = find_tbes(
+            model,
+            frozenset(staleness.exclude_tables),
+            sketch_tables=frozenset(access.sketch_tables),
+            skips=staleness.target_share > 0.0,
+        )
+        self._filters = [
+            UpdateFilter(one.counting(lambda shard: has_row_counts(shard, access)), fades=access.half_life is not None)
+            for one in found
+        ]
+        self._counts = LiveCounts(self._filters, access)
+        self._tracker = StalenessTracker(self._filters, staleness, ranks.total, ranks.device, scale=access.scale)
+        return HotRows(
+            self._filters,
+            self.config.placement,
+            placement,
+            rank=ranks.mine,
+            counted=self._counts.counted_steps,
+            total=ranks.total,
+            group_device=ranks.device,
+        )
 
     def inputs(self, loader: Iterable[Any], **things: Any) -> Iterator[Any]:
         """The batches of one epoch to train on: those of ``loader``, less the samples that ``config.inputs`` drops.
@@ -139,11 +142,12 @@ class Slipstream:
             loader: of this rank's TorchRec ``Batch``es (or dataclasses of tensors and KJTs, :mod:`.inputs.batches`), of
                 any length, the same on resuming: one without a ``state_dict`` of its own is read on to where it was.
             things: what the method takes besides, in the first call: "slipstream" an access ``profile``, "fae" one too,
-                its ``calibration`` and a ``test_loss``; see :class:`SlipstreamInputs` and :class:`FaeInputs`.
+                its ``calibration`` and a ``test_loss``; see :class:`SlipstreamInputs` and :class:`FaeInputs`. Later
+                calls may repeat them.
 
         Raises:
             AttachError: the session was detached.
-            InputError: the method needs other ``things``.
+            InputError: the method takes other ``things``, or took others in the first call.
             StateError: the state that was loaded is of other inputs.
         """
         if not self._attached:
@@ -182,6 +186,8 @@ class Slipstream:
         """
         if not self._attached:
             raise AttachError("this session was detached; attach a new Slipstream to go on")
+        for one in self._filters:
+            one.warn_if_compiled()
         self._tracker.step()
         steps = self._tracker.steps
         self._counts.step(steps)
@@ -194,7 +200,8 @@ class Slipstream:
         """Make the model stock again: every row is where it was, and from the next forward on updated.
 
         Call between two steps: a backward that is still to come may not find its hot rows. May be called twice. The
-        overlays' fast memory is free when the session object is gone, which still reports.
+        overlays' fast memory is free when the session object is gone, which still reports. Without that object, the
+        function :func:`torchrec_slipstream.detach` does it.
 
         Raises:
             StateError: others wrote into a tensor of a table with hot rows that was taken before the last step. Nothing
@@ -265,23 +272,20 @@ class Slipstream:
         """Restore :meth:`state_dict`'s state, after the model's own is loaded.
 
         Raises:
-            StateError: it belongs to another version, model, sharding or configuration. Nothing was changed.
+            StateError: it belongs to another version, model, sharding or configuration, or is damaged. Nothing was
+                changed.
         """
-        version = state.get("version") if isinstance(state, dict) else None
-        if isinstance(version, int) and version in range(1, STATE_VERSION):
-            missing = "which rows are hot" if version < 3 else "which inputs were read"
-            raise StateError(
-                f"this is a Slipstream state of version {version}, which does not say {missing}; this release reads "
-                f"version {STATE_VERSION}. Start without it: the model's checkpoint is complete, and rows are "
-                "tracked afresh."
-            )
-        if version != STATE_VERSION or not {"staleness", "access", "placement", "inputs"} <= state.keys():
-            raise StateError(f"not a Slipstream state of version {STATE_VERSION} (version={version!r})")
-        self._counts.check_config(state["access"])
-        self._tracker.check(state["staleness"])
-        self._counts.check(state["access"])
-        self._hot.check(state["placement"])
-        self._inputs.check(state["inputs"])
+        check_whole(state)
+        checks: list[tuple[str, Callable[[Any], None]]] = [
+            ("access", self._counts.check_config),
+            ("staleness", self._tracker.check),
+            ("access", self._counts.check),
+            ("placement", self._hot.check),
+            ("inputs", self._inputs.check),
+        ]
+        for part, check in checks:
+            with checking(part):
+                check(state[part])
         self._tracker.load_state_dict(state["staleness"])
         self._counts.load_state_dict(state["access"])
         self._counts.prepare(self._tracker.steps)

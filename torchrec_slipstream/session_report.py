@@ -67,6 +67,15 @@ class ScalarWriter(Protocol):
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object: ...
 
 
+def check_writer(writer: object) -> None:
+    """Raises AttachError unless scalars can be given to it, or it is None."""
+    if writer is not None and not callable(getattr(writer, "add_scalar", None)):
+        raise AttachError(
+            f"writer must have add_scalar(tag, value, step), as TensorBoard's SummaryWriter has, and a "
+            f"{type(writer).__name__} has not"
+        )
+
+
 def write_scalars(writer: ScalarWriter, filters: Sequence[UpdateFilter], hot: HotRows, steps: int) -> None:
     """This rank's, after ``steps`` steps."""
     lookups = sum(int(one.lookups.sum()) for one in filters)

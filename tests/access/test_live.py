@@ -280,7 +280,7 @@ def test_unknown_sketched_table_and_unknown_rank() -> None:
 def test_missing_datasketches_is_told_before_anything_is_attached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasketches", None)
     tbe = make_tbe()
-    with pytest.raises(AttachError, match=r"torchrec-slipstream\[sketch\]"):
+    with pytest.raises(AttachError, match="pip install datasketches"):
         attach(tbe, counter="sketch")
     assert type(tbe) is TBE
     attach(tbe).detach()

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 from torchrec import (
     EmbeddingBagCollection,
     EmbeddingBagConfig,
@@ -65,8 +66,13 @@ def test_against_plain_counting(
     bags = st.fixed_dictionaries(dict.fromkeys("fgh", st.lists(bag, min_size=size, max_size=size)))
     made = data.draw(st.lists(bags, max_size=5))
     configs = [bag_config("shared", 6, ["f", "g"]), bag_config("own", 6, ["h"])]
-    profile = AccessProfile.measure((make_batch(one, dtype) for one in made), configs, every=every, steps=steps)
     counted = made[:steps:every]
+    batches = (make_batch(one, dtype) for one in made)
+    if not any(bag for one in counted for feature in one.values() for bag in feature):
+        with pytest.raises(ProfileError, match="gave no look-up of 'shared', 'own'"):
+            AccessProfile.measure(batches, configs, every=every, steps=steps)
+        return
+    profile = AccessProfile.measure(batches, configs, every=every, steps=steps)
     for name, features in (("shared", "fg"), ("own", "h")):
         expected = Counter(row for one in counted for feature in features for bag in one[feature] for row in bag)
         assert profile[name].counts.tolist() == [every * expected[row] for row in range(6)]
@@ -112,10 +118,25 @@ def test_weights_empty_batches_and_other_batches() -> None:
     assert AccessProfile.measure([Batch(weighted)], TABLES) == plain
     took = AccessProfile.measure([(1, weighted)], TABLES, sparse_features=lambda batch: batch[1])
     assert took == plain
-    nothing = AccessProfile.measure([], TABLES)
-    assert (nothing.samples, nothing.lookups) == (0, 0)
     empty = make_batch({key: [[], []] for key in BAGS})
-    assert AccessProfile.measure([empty], TABLES).samples == 2
+    with_empty = AccessProfile.measure(iter([empty, weighted]), TABLES)
+    assert (with_empty.samples, with_empty.lookups) == (5, plain.lookups)
+
+
+def test_no_look_up_at_all_is_refused() -> None:
+    empty = make_batch({key: [[], []] for key in BAGS})
+    with pytest.raises(ProfileError, match=r"the list gave no look-up of 'a', 'b' \(in 4 samples\); give batches that"):
+        AccessProfile.measure([empty, empty], TABLES)
+    with pytest.raises(ProfileError, match=r"the list gave no look-up of 'a', 'b' \(in 0 samples\)"):
+        AccessProfile.measure([], TABLES)
+    read = iter([make_batch(BAGS)])
+    assert AccessProfile.measure(read, TABLES).lookups
+    with pytest.raises(
+        ProfileError, match=r"the list_iterator gave no look-up .* no iterator that was read to its end$"
+    ):
+        AccessProfile.measure(read, TABLES)
+    one_empty = AccessProfile.measure([make_batch(BAGS | {"f": [[], [], []]})], TABLES)
+    assert (one_empty["a"].lookups, one_empty["b"].lookups) == (0, 4)
 
 
 def test_variable_batch_sizes() -> None:
@@ -186,6 +207,17 @@ def test_batches_are_read_as_far_as_needed_and_not_kept() -> None:
 def test_bad_values(batches: list[dict], tables: list, more: dict, said: str) -> None:
     with pytest.raises(ProfileError, match=said):
         AccessProfile.measure([make_batch(one) for one in batches], tables, **more)
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[KeyedJaggedTensor]:
+        return iter([make_batch(BAGS)] * 4)
+
+
+def test_a_data_loader_of_a_stream_has_no_length() -> None:
+    loader = DataLoader(Stream(), batch_size=None)
+    assert AccessProfile.measure(loader, TABLES) == AccessProfile.measure(iter([make_batch(BAGS)] * 4), TABLES)
+    assert AccessProfile.measure(loader, TABLES, steps=2) == AccessProfile.measure([make_batch(BAGS)] * 2, TABLES)
 
 
 def test_batches_that_are_none() -> None:

@@ -54,9 +54,13 @@ def test_any_part_of_any_file(
     part = slice(begin, None if length is None else begin + length)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parquet, "_CHUNK", chunk)
+        seen = samples[part]
+        if not any(v is not None for one in seen if one is not None for v in one):
+            with pytest.raises(ProfileError, match="has no look-up in column"):
+                AccessProfile.from_parquet(path, embedding_dim=4, rows=10, limit=part)
+            return
         profile = AccessProfile.from_parquet(path, embedding_dim=4, rows=10, limit=part)
         with_nulls = AccessProfile.from_parquet(path, ["one"], embedding_dim=4, rows=10, limit=part, null_row=7)
-    seen = samples[part]
     assert profile.samples == len(seen)
     assert counts_of(profile, "many") == Counter(v for one in seen if one is not None for v in one if v is not None)
     assert counts_of(profile, "one") == Counter(v for v in single[part] if v is not None)
@@ -153,6 +157,20 @@ def test_bad_values(tmp_path: Path, more: dict, said: str) -> None:
     )
     with pytest.raises(ProfileError, match=said):
         AccessProfile.from_parquet(path, **{"columns": ["c"], "embedding_dim": 4, **more})
+
+
+def test_a_file_without_a_look_up_is_refused(tmp_path: Path) -> None:
+    nulls = pa.array([None, None], pa.int64())
+    none = write(tmp_path / "none.parquet", c=nulls[:0])
+    with pytest.raises(ProfileError, match=r"none.parquet has no look-up in column\(s\) c \(in 0 of its 0 samples\)"):
+        AccessProfile.from_parquet(none, embedding_dim=4)
+    path = write(tmp_path / "nulls.parquet", c=nulls, d=nulls, e=pa.array([0, 1]))
+    with pytest.raises(ProfileError, match=r"column\(s\) c, d \(in 2 of its 2 samples\); .* null_row=\.\.\. if a null"):
+        AccessProfile.from_parquet(path, ["c", "d"], embedding_dim=4)
+    with pytest.raises(ProfileError, match=r"\(in 0 of its 2 samples\)"):
+        AccessProfile.from_parquet(path, embedding_dim=4, limit=slice(2, None))
+    assert AccessProfile.from_parquet(path, ["c"], embedding_dim=4, null_row=0).lookups == 2
+    assert AccessProfile.from_parquet(path, embedding_dim=4)["c"].lookups == 0, "one empty table among others"
 
 
 def test_bad_files(tmp_path: Path) -> None:

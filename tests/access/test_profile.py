@@ -142,6 +142,12 @@ def test_bad_questions() -> None:
         (lambda: one.hit_rate(-1), "-1 hot rows were asked for"),
         (lambda: one.hit_rate(np.array([0, 3])), r"hot row 3 is not in \[0, 3\)"),
         (lambda: one.hit_rate(np.array([1, 0, 1])), "hot row 1 is given twice"),
+        (
+            lambda: one.hit_rate(np.array([])),
+            r"the hot rows are float64 \(0,\); give their ids as .*np.empty\(0, np.int64",
+        ),
+        (lambda: one.hit_rate(np.array([True, False, True])), r"the hot rows are bool \(3,\)"),
+        (lambda: one.hit_rate(np.array(1)), r"the hot rows are int64 \(\)"),
         (lambda: one.top_rows(True), "True hot rows"),
         (lambda: one.counts_of(2, 4), r"rows \[2, 4\) were asked for; give a range within \[0, 3\)"),
         (lambda: one.decayed(1.5), r"the decay factor is 1.5; give a number in \[0, 1\]"),
@@ -269,6 +275,13 @@ def test_bad_profiles() -> None:
         (lambda: profile.hit_rate(1.5), r"budget=1.5; a float is a share of the tables' bytes, in \[0, 1\]"),
         (lambda: profile.merge(other), r"only one of the two profiles has table\(s\) 'a', 'b'; merge profiles of"),
         (lambda: profile.statistics(0), "batch_size=0; give the global batch's samples"),
+        (lambda: AccessProfile(["a"], 1), "one of the tables is 'a'; give TableAccess objects"),
+        (lambda: profile.merge("x"), "'x' is no AccessProfile; give one"),
+        (lambda: profile.followed_by(None), "None is no AccessProfile; give one"),
+        (lambda: profile.drift(3), "3 is no AccessProfile; give one"),
+        (lambda: profile.curve(-1), "points=-1; give an integer of at least 2"),
+        (lambda: profile.curve(2.5), "points=2.5; give an integer of at least 2"),
+        (lambda: profile.curve(20, "x"), "the profile has no table 'x'"),
     ):
         with pytest.raises(ProfileError, match=said):
             call()

@@ -111,7 +111,7 @@ def test_halves_counts_and_what_may_be_missing() -> None:
     assert abs(after.sum() - before.sum() / 2) < 0.1 * before.sum() / 2
 
 
-def test_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasketches", None)
-    with pytest.raises(AttachError, match=r"pip install torchrec-slipstream\[sketch\].*counter='sampled'"):
+    with pytest.raises(AttachError, match=r"pip install datasketches\. .*counter='sampled'"):
         RowSketch(768)

@@ -16,7 +16,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from tests.inputs.samples import as_python, numbered, same
 from torchrec_slipstream import InputError, StateError, WeightedBatch
-from torchrec_slipstream.inputs.batches import concat, features_of, labels_of, select, size_of, with_weights
+from torchrec_slipstream.inputs.batches import concat, labels_of, select, size_of, with_weights
 from torchrec_slipstream.inputs.packing import from_bytes, pack, to_bytes, unpack
 from torchrec_slipstream.inputs.queues import Lane
 
@@ -229,21 +229,13 @@ def test_what_cannot_be_cut_is_named() -> None:
     ):
         with pytest.raises(InputError, match=message):
             size_of(batch)
-    with pytest.raises(InputError, match="TwoKjts has 2 KeyedJaggedTensors"):
-        features_of(TwoKjts(kjt, kjt))
-    with pytest.raises(InputError, match="OneTensor has 0 KeyedJaggedTensors"):
-        features_of(OneTensor(torch.zeros(1)))
     with pytest.raises(InputError, match="'sparse_features' differ in their keys"):
         concat([numbered([1]), numbered([2], keys=3)])
     with pytest.raises(InputError, match="'x' is of different types"):
         concat([OneTensor(torch.zeros(1)), OneTensor(numbered([1]).sparse_features)])
 
 
-def test_features_and_labels_are_found() -> None:
+def test_labels_are_found() -> None:
     batch = numbered([1, 2])
-    assert features_of(batch) is batch.sparse_features
     assert labels_of(batch) is batch.labels
     assert labels_of(OneTensor(torch.zeros(1))) is None
-    assert features_of(Sequences(batch.sparse_features, numbered([3, 4]).sparse_features, batch.labels)) is (
-        batch.sparse_features
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -97,6 +98,24 @@ def test_several_labels_a_sample_are_positive_together() -> None:
     assert keep[1::2].float().mean() < 0.4
     with pytest.raises(InputError, match="'negatives' read labels, and Batch has no tensor 'labels'"):
         NegativeSampling(0.3).choose(dataclasses.replace(batch, labels=None))
+
+
+@pytest.mark.parametrize("tasks", [(), (2,)])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_labels_that_are_not_finite_are_refused_and_change_nothing(wrong: float, tasks: tuple[int, ...]) -> None:
+    """A NaN is not above 0.5, nor is it up to it: it was trained on as a positive."""
+    labels = torch.zeros(40, *tasks)
+    good = dataclasses.replace(numbered(range(40)), labels=labels.clone())
+    labels[17:19].view(-1)[-1] = wrong
+    bad = dataclasses.replace(good, labels=labels)
+    selector, other = NegativeSampling(0.4), NegativeSampling(0.4)
+    selector.choose(good)
+    other.choose(good)
+    before = selector.state_dict()
+    with pytest.raises(InputError, match=r"^labels of 1 of a batch's 40 samples are not finite.* sample 18: .*; give"):
+        selector.choose(bad)
+    assert selector.state_dict() == before
+    assert torch.equal(selector.choose(good).keep, other.choose(good).keep)
 
 
 def test_thinning_is_refused_for_several_tasks_a_sample_and_changes_nothing() -> None:

@@ -27,11 +27,14 @@ from torchrec_slipstream import (
     Report,
     Slipstream,
     SlipstreamConfig,
+    SlipstreamInputs,
     StalenessConfig,
     StateError,
     WeightedBatch,
 )
 from torchrec_slipstream.inputs.batches import with_weights
+from torchrec_slipstream.inputs.blind import KeepAll
+from torchrec_slipstream.inputs.choice import OneLane
 from torchrec_slipstream.report.record import RunRecord
 
 N, SIZE = 200, 16
@@ -217,10 +220,10 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
         slip.inputs(epoch_of(0), test_loss=float, profile=None)
     state = slip.state_dict()
     for change, message in (
-        (lambda s: s["inputs"].update(method="random"), "method='random', this one by 'negatives'"),
+        (lambda s: s["inputs"]["config"].update(method="random"), "method='random', this one by 'negatives'"),
         (lambda s: s["inputs"].update(rank=[1, 2]), "rank 1 of 2, and this is rank 0 of 1"),
         (lambda s: s.update(inputs=None), "method='off', this one by 'negatives'"),
-        (lambda s: s.update(version=3), "version 3, which does not say which inputs were read; .* version 4"),
+        (lambda s: s.update(version=3), "version 3, which does not say which inputs were read; .* version 5"),
         (lambda s: s.pop("inputs"), "not a Slipstream state"),
     ):
         other = copy.deepcopy(state)
@@ -232,6 +235,29 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
     slip.inputs(epoch_of(0))
     with pytest.raises(StateError, match=r"a stream of inputs is open; load the state before inputs\(\)"):
         slip.load_state_dict(state)
+
+
+def test_things_that_would_not_be_heeded_are_refused() -> None:
+    _, slip = attach(InputsConfig())
+    with pytest.raises(InputError, match="method='off' takes no profile; give it nothing but the loader"):
+        slip.inputs([], profile=1)
+    _, slip = attach(NEGATIVES)
+    slip.inputs(epoch_of(0))
+    with pytest.raises(InputError, match=r"method='negatives' got no foo with the first .* nothing but the loader"):
+        slip.inputs(epoch_of(1), foo=1)
+    profile = slip.access_profile()
+    _, slip = attach(InputsConfig(method="slipstream", slipstream=SlipstreamInputs(hot_bytes=100)))
+    slip._inputs._make = lambda loader, **things: (KeepAll(), OneLane())  # the tables of this model have no features
+    slip.inputs(epoch_of(0), profile=profile)
+    stream = slip.inputs(epoch_of(1), profile=profile)
+    for things, message in (
+        ({"profile": 7}, "got another profile with the first call of inputs.., and goes on with it"),
+        ({"test_loss": float}, "got no test_loss .* the same things again"),
+    ):
+        with pytest.raises(InputError, match=f"method='slipstream' {message}"):
+            slip.inputs(epoch_of(2), **things)
+    assert next(stream) is not None, "the epoch goes on"
+    slip.inputs(epoch_of(2))
 
 
 def test_reports_of_ranks_add_up() -> None:

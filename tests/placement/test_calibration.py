@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,21 @@ def test_topology_gets_what_was_measured_and_defaults_for_the_rest() -> None:
 def test_saved_ones_come_back(tmp_path: Path) -> None:
     SOME.save(tmp_path / "bw.json")
     assert Bandwidths.load(tmp_path / "bw.json") == SOME
+
+
+def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "bw.json"
+    SOME.save(path)
+
+    def fill_the_disk(whole: Path, text: str) -> None:
+        whole.write_bytes(text[:20].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill_the_disk)
+    with pytest.raises(ConfigError, match=r"cannot write .*bw.json: No space left on device; give a path"):
+        replace(SOME, threads=8).save(path)
+    assert Bandwidths.load(path) == SOME
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

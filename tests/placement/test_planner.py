@@ -15,6 +15,7 @@ from torchrec.distributed.planner import ParameterConstraints
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.types import CacheAlgorithm, CacheParams, ShardingPlan
 
+from tests.distributed.ranks import run_ranks
 from tests.placement.planning import (
     GIB,
     SHARDERS,
@@ -336,6 +337,11 @@ def test_the_plan_does_not_depend_on_the_order_of_tables() -> None:
         ({"hbm_budget": -5}, r"-5 is not a size"),
         ({"batch_size": 0}, r"batch_size=0; give at least one sample"),
         ({"batch_size": -1}, r"batch_size=-1; give at least one sample"),
+        ({"batch_size": float("nan")}, r"batch_size=nan; give at least one sample a device and step, a whole number"),
+        ({"batch_size": 2.5}, r"batch_size=2.5; give"),
+        ({"batch_size": "8"}, r"batch_size='8'; give"),
+        ({"constraints": {"t0": 5}}, r"constraints: table 't0' has 5; give TorchRec's ParameterConstraints"),
+        ({"constraints": ["t0"]}, r"constraints=\['t0'\]; give a mapping of table names"),
         ({"backing": "ssd"}, r"backing='ssd' must be one of 'caching', 'uvm'"),
     ],
 )
@@ -350,6 +356,33 @@ def test_a_profile_of_another_model_is_refused() -> None:
         planner_of(profile, topology_of(1)).plan(model_of([10, 30], [16, 16]), SHARDERS)
     with pytest.raises(ProfileError, match=r"bags.t2 is not in the access profile"):
         planner_of(profile, topology_of(1)).plan(model_of([10, 20, 5], [16, 16, 16]), SHARDERS)
+
+
+def test_constraints_of_no_table_are_refused() -> None:
+    constraints = {name: ParameterConstraints() for name in ("t0", "nope", "bags.t1")}
+    planner = planner_of(profile_of([np.ones(10), np.ones(20)], [16, 16]), topology_of(1), constraints=constraints)
+    with pytest.raises(PlanError, match=r"constraints name 'nope', 'bags.t1', which .* does not have; .* are t0, t1:"):
+        planner.plan(model_of([10, 20], [16, 16]), SHARDERS)
+    assert planner.placement is None
+    # A profile may know of more tables than the model has, a user of none.
+    planner_of(planner.profile, topology_of(1)).plan(model_of([10], [16]), SHARDERS)
+
+
+def _plans_for_one_device(rank: int) -> str:
+    # What a planner for this machine knows before init_process_group.
+    planner = planner_of(profile_of([np.ones(10)], [16]), topology_of(1))
+    with pytest.raises(PlanError) as caught:
+        planner.collective_plan(model_of([10], [16]), SHARDERS)
+    assert planner.placement is None
+    return str(caught.value)
+
+
+def test_a_planner_for_other_devices_than_the_group_has_is_refused_on_all_ranks() -> None:
+    first, second = run_ranks(2, _plans_for_one_device)
+    assert first == second
+    assert first.startswith("the planner's topology has 1 device(s), and the process group 2 rank(s)")
+    assert "after torch.distributed.init_process_group()" in first
+    assert "topology=Topology(world_size=2, ...)" in first
 
 
 def test_too_little_hbm_is_explained() -> None:

@@ -298,6 +298,7 @@ def test_names_lose_what_they_have_in_common_and_are_in_order() -> None:
         (0.397, 0.498, [0.4, 0.42, 0.44, 0.46, 0.48]),
         (0.0, 60_000.0, [0.0, 10_000.0, 20_000.0, 30_000.0, 40_000.0, 50_000.0, 60_000.0]),
         (3.0, 3.0, [3.0]),
+        (0.0, 2.5e-323, [0.0]),
     ],
 )
 def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:

@@ -136,6 +136,24 @@ def test_ranks_agree_with_one(ranks: int) -> None:
         assert found[r][2] == selection.bisect_threshold(score, rate, target, window, alone)
 
 
+def test_a_rank_without_rows_sums_in_the_same_type() -> None:
+    """An all-reduce of float64 on one rank and int64 on another is an error, or garbage."""
+    kinds = set()
+
+    def total(values: Tensor) -> Tensor:
+        kinds.add(values.dtype)
+        return values
+
+    target = torch.tensor(1.0, dtype=torch.float64)
+    for rows in (0, 3):
+        mine, of = torch.rand(rows), torch.ones(rows)
+        selection.proportional_scale(mine, of, target, 0.02, total)
+        selection.duty_cycles(mine, of, target, 0.0, total)
+        selection.quantile_threshold(mine, of, target, total)
+        selection.bisect_threshold(mine, of, target, target, total)
+        assert kinds == {torch.float64}
+
+
 def test_cap_leaves_no_table_skipped_whole() -> None:
     duty = torch.tensor([0.0, 0.0, 0.5])
     rate = torch.tensor([60.0, 40.0, 100.0])

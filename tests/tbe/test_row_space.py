@@ -45,6 +45,14 @@ def test_numbers_are_those_counted_by_hand(
     assert numbers.tolist() == expected
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("own", [[True, True, True], [True, False, True]])
+def test_on_a_gpu_a_pruned_lookup_stays_within_its_table(own: list[bool]) -> None:
+    space = RowSpace(ROWS, own, FEATURE_TABLE, torch.device("cuda"))
+    numbers = space.of_lookups(torch.tensor([-1, 2, -1, 1, -1], device="cuda"), torch.tensor([2, 1, 1, 1]).cuda())
+    assert numbers.tolist() == [0, 2, 0, space.begins[1] + own[1], space.begins[2]]
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_bags_of_one_lookup_are_told_from_others(dtype: torch.dtype) -> None:
     def single(offsets: list[int], lookups: int) -> bool:

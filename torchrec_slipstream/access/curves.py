@@ -68,9 +68,9 @@ class BudgetCurve:
         return {name: int(number) for name, number in zip(self._names, rows, strict=True)}
 
     def sampled(self, points: int) -> HitCurve:
-        """The curve at so many budgets: 0, and evenly on a logarithmic scale from one row to all rows."""
+        """The curve at so many budgets (2 or more): 0, and evenly on a logarithmic scale from one row to all rows."""
         least = max(1, int(self._row_bytes.min(initial=self.total_bytes)))
-        budgets = np.geomspace(least, max(least, self.total_bytes), max(2, points) - 1).round().astype(np.int64)
+        budgets = np.geomspace(least, max(least, self.total_bytes), points - 1).round().astype(np.int64)
         budgets[-1] = self.total_bytes
         budgets = np.unique(np.concatenate([[0], budgets]))
         return HitCurve(budgets, self.hit_rate(budgets))

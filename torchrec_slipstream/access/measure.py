@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -24,6 +24,7 @@ from torchrec_slipstream.access.profile import AccessProfile
 from torchrec_slipstream.access.table import TableAccess
 from torchrec_slipstream.access.tally import Tally
 from torchrec_slipstream.errors import ProfileError
+from torchrec_slipstream.loaders import length_of
 from torchrec_slipstream.tbe.memory import optimizer_state
 
 Config: TypeAlias = EmbeddingBagConfig | EmbeddingConfig
@@ -54,13 +55,20 @@ def measure(
     configs = table_configs(tables)
     for config in configs:
         row_state_bytes(optimizer, config.embedding_dim)  # its name is checked before anything is read
-    if isinstance(batches, Sized):
-        steps = min(len(batches), steps if steps is not None else len(batches))
+    if (length := length_of(batches)) is not None:
+        steps = min(length, steps if steps is not None else length)
     stream = enumerate(shown(islice(iter(batches), steps), steps, progress))
-    if steps is None:
-        return _window(stream, configs, every, optimizer, sparse_features)
-    earlier = _window(islice(stream, steps // 2), configs, every, optimizer, sparse_features)
-    return in_sequence(earlier, _window(stream, configs, every, optimizer, sparse_features))
+
+    def window(part: Iterable[tuple[int, Any]]) -> AccessProfile:
+        return _window(part, configs, every, optimizer, sparse_features)
+
+    measured = window(stream) if steps is None else in_sequence(window(islice(stream, steps // 2)), window(stream))
+    if not measured.lookups:
+        raise ProfileError(
+            f"the {type(batches).__name__} gave no look-up of {', '.join(repr(config.name) for config in configs)} (in "
+            f"{measured.samples} samples); give batches that look rows up, and no iterator that was read to its end"
+        )
+    return measured
 
 
 def in_sequence(earlier: AccessProfile, later: AccessProfile) -> AccessProfile:

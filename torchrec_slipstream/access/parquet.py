@@ -73,10 +73,11 @@ def from_parquet(
         progress: show a progress bar, where ``tqdm`` is installed.
 
     Raises:
-        ProfileError: the file cannot be read, or lacks a column; a column of another type; an id that is not a row.
+        ProfileError: the file cannot be read, or lacks a column; a column of another type; an id that is not a row; no
+            look-up in all columns.
         ImportError: ``pyarrow`` is not installed.
     """
-    pa, parquet = _pyarrow()
+    pa, parquet = pyarrow_modules()
     path = Path(path)
     begin, end = _range(limit)
     try:
@@ -108,15 +109,26 @@ def from_parquet(
                 counts = np.pad(counts, (0, number - known))
             tables.append(TableAccess(name, number, dim, counts, ids, element_size=element_size, optimizer_bytes=state))
     earlier, later = (AccessProfile(tables, number) for tables, number in zip(windows, samples, strict=True))
-    return in_sequence(earlier, later)
+    measured = in_sequence(earlier, later)
+    if not measured.lookups:
+        raise ProfileError(
+            f"{path} has no look-up in column(s) {', '.join(names)} (in {measured.samples} of its {total} samples); "
+            "give samples with ids there, or null_row=... if a null looks a row up"
+        )
+    return measured
 
 
-def _pyarrow() -> tuple[Any, Any]:
+def pyarrow_modules() -> tuple[Any, Any]:
+    """``pyarrow`` and ``pyarrow.parquet``.
+
+    Raises:
+        ImportError: pyarrow is not installed.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError("reading parquet needs pyarrow: pip install torchrec-slipstream[data]") from error
+        raise ImportError("reading parquet needs pyarrow: pip install pyarrow") from error
     return pyarrow, pyarrow.parquet
 
 

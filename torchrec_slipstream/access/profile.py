@@ -40,7 +40,7 @@ class AccessProfile:
         sampled_every: every k-th batch was counted; the counts are scaled back by k already.
 
     Raises:
-        ProfileError: two tables of one name, or a number out of range.
+        ProfileError: two tables of one name, or one that is no ``TableAccess``; or a number out of range.
     """
 
     def __init__(self, tables: Iterable[TableAccess], samples: int, sampled_every: int = 1) -> None:
@@ -48,6 +48,8 @@ class AccessProfile:
             tables = tables.values()
         by_name: dict[str, TableAccess] = {}
         for table in tables:
+            if not isinstance(table, TableAccess):
+                raise ProfileError(f"one of the tables is {table!r}; give TableAccess objects")
             if table.name in by_name:
                 raise ProfileError(f"two tables are called {table.name!r}; give each table's counts once")
             by_name[table.name] = table
@@ -94,7 +96,7 @@ class AccessProfile:
 
         Raises:
             ProfileError: no table, or two of one name; a feature that the batches lack; an id that its table does not
-                have; a batch that is none; a number out of range.
+                have; a batch that is none; a number out of range; no look-up in all batches.
         """
         from torchrec_slipstream.access.measure import measure
 
@@ -169,10 +171,11 @@ class AccessProfile:
         """The sum of the counts: other ranks, other days. ``sampled_every`` becomes the coarsest of them.
 
         Raises:
-            ProfileError: the profiles have different tables, or tables of different sizes.
+            ProfileError: the profiles have different tables, or tables of different sizes; or one is none.
         """
         merged = self
         for other in others:
+            _check_profile(other)
             if merged._tables.keys() != other._tables.keys():
                 lone = sorted(merged._tables.keys() ^ other._tables.keys())
                 raise ProfileError(
@@ -223,9 +226,14 @@ class AccessProfile:
         return AccessProfile([self[name] for name in names], self.samples, self.sampled_every)
 
     def drift(self, other: AccessProfile, budget: int | float | str = 0.1) -> Drift:
-        """How far traffic has moved from this profile to a later one; see :class:`Drift`."""
+        """How far traffic has moved from this profile to a later one; see :class:`Drift`.
+
+        Raises:
+            ProfileError: the profiles have different tables, or tables of different sizes; or the other is none.
+        """
         from torchrec_slipstream.access.drift import drift
 
+        _check_profile(other)
         return drift(self, other, budget)
 
     # -------------------------------------------------------------------------------------------------- figures
@@ -273,7 +281,13 @@ class AccessProfile:
         return self._curve.hot_rows(self.budget_bytes(budget))
 
     def curve(self, points: int = 200, table: str | None = None) -> HitCurve:
-        """Hit rate over bytes, of all tables or of one, at about so many budgets."""
+        """Hit rate over bytes, of all tables or of one, at about so many budgets.
+
+        Raises:
+            ProfileError: fewer than 2 points, or a table that the profile does not have.
+        """
+        if isinstance(points, bool) or not isinstance(points, (int, np.integer)) or points < 2:
+            raise ProfileError(f"points={points!r}; give an integer of at least 2")
         return (self._curve if table is None else BudgetCurve([self[table]])).sampled(points)
 
     def pooling_factor(self, name: str) -> float:
@@ -334,3 +348,8 @@ class AccessProfile:
         from torchrec_slipstream.access.show import show
 
         return show(self)
+
+
+def _check_profile(other: object) -> None:
+    if not isinstance(other, AccessProfile):
+        raise ProfileError(f"{other!r} is no AccessProfile; give one (AccessProfile.load reads a file's)")

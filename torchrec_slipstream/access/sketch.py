@@ -47,7 +47,7 @@ class RowSketch:
             import datasketches
         except ImportError as error:
             raise AttachError(
-                "counting look-ups by a sketch needs datasketches: pip install torchrec-slipstream[sketch]. "
+                "counting look-ups by a sketch needs datasketches: pip install datasketches. "
                 "Or count every row: AccessConfig(counter='sampled', sketch_tables=(), max_counted_rows=None)."
             ) from error
         self._make = lambda: datasketches.frequent_items_sketch(_LOG2_PLACES)

@@ -108,10 +108,11 @@ class TableAccess:
         misses unless all rows are hot.
 
         Raises:
-            ProfileError: a negative number of rows, or ids that the table does not have, or has twice.
+            ProfileError: a negative number of rows; or ids that are no integers, that the table does not have, or twice
+                the same.
         """
         if isinstance(hot_rows, np.ndarray):
-            hits, number = self._lookups_of(hot_rows), len(hot_rows)
+            hits, number = self._lookups_of(hot_rows), hot_rows.size
         else:
             number = self._row_number(hot_rows)
             above = np.cumsum(self.histogram.rows)
@@ -340,6 +341,11 @@ class TableAccess:
         return int(number)
 
     def _lookups_of(self, rows: npt.NDArray[np.integer]) -> int:
+        if rows.dtype.kind not in "iu" or rows.ndim != 1:
+            raise self._error(
+                f"the hot rows are {rows.dtype} {rows.shape}; give their ids as a one-dimensional numpy array of "
+                "integers (for none, np.empty(0, np.int64))"
+            )
         rows = np.sort(rows)
         if len(rows) and (rows[0] < 0 or rows[-1] >= self.rows):
             raise self._error(f"hot row {rows[0] if rows[0] < 0 else rows[-1]} is not in [0, {self.rows})")

@@ -14,7 +14,7 @@ class AccessConfig:
     """How the look-ups of training steps are counted. One count serves the access profile and staleness.
 
     Raises:
-        ConfigError: a value is out of its range; the message names the field, the value and the range.
+        ConfigError: a value is out of its range or of another type; the message names field, value and range.
     """
 
     counter: str = "sampled"
@@ -34,7 +34,7 @@ class AccessConfig:
 
     sketch_tables: tuple[str, ...] = ()
     """Names of tables that get a sketch, whatever ``counter`` is (but "off"); none of their updates is left out. Needs
-    ``pip install torchrec-slipstream[sketch]``. On a GPU a sketch reads the look-ups of counted steps on the host, for
+    ``pip install datasketches``. On a GPU a sketch reads the look-ups of counted steps on the host, for
     which these steps wait."""
 
     max_counted_rows: int | None = None

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torchrec_slipstream.budget import parse_bytes
-from torchrec_slipstream.config.checks import one_of, within
+from torchrec_slipstream.config.checks import boolean, finite, instance, memory, one_of, within
 from torchrec_slipstream.errors import ConfigError
 
 MOVEMENTS = ("plain", "per_touch", "relative")
@@ -17,7 +16,7 @@ class SlipstreamInputs:
     """What ``method="slipstream"`` goes by (arXiv 2404.04270). Defaults are the published artefact's, where it has any.
 
     Raises:
-        ConfigError: a value is out of its range; the message names the field, the value and the range.
+        ConfigError: a value is out of its range or of another type; the message names field, value and range.
     """
 
     hot_bytes: int | str | None = None
@@ -70,7 +69,7 @@ class SlipstreamInputs:
 
     def __post_init__(self) -> None:
         if self.hot_bytes is not None:
-            object.__setattr__(self, "hot_bytes", parse_bytes(self.hot_bytes))
+            object.__setattr__(self, "hot_bytes", memory("hot_bytes", self.hot_bytes))
         for name in ("start", "again"):
             within(name, getattr(self, name), 0)
         for name in ("snapshot_steps", "min_touches"):
@@ -79,11 +78,13 @@ class SlipstreamInputs:
             within(name, getattr(self, name), 0.0, 1.0)
         if self.stale_lookups is not None:
             within("stale_lookups", self.stale_lookups, 1)
+        for name in ("each_table", "per_table"):
+            boolean(name, getattr(self, name))
         one_of("movement", self.movement, MOVEMENTS)
-        if self.sample_share == 0.0 or (self.max_threshold is not None and not self.max_threshold > 0.0):
-            raise ConfigError(
-                f"sample_share={self.sample_share!r} and max_threshold={self.max_threshold!r} must be above 0"
-            )
+        if self.sample_share == 0.0:
+            raise ConfigError("sample_share=0 keeps no sample for the search; give more than 0")
+        if self.max_threshold is not None:
+            finite("max_threshold", self.max_threshold, 0.0, open_start=True, otherwise=", or None for no end")
         if self.snapshot_share is not None:
             within("snapshot_share", self.snapshot_share, 0.0, 1.0)
             if self.snapshot_share == 0.0:
@@ -97,7 +98,7 @@ class FaeInputs:
     """What ``method="fae"`` goes by (arXiv 2103.00686).
 
     Raises:
-        ConfigError: a value is out of its range; the message names the field, the value and the range.
+        ConfigError: a value is out of its range or of another type; the message names field, value and range.
     """
 
     hot_bytes: int | str | None = None
@@ -118,7 +119,7 @@ class FaeInputs:
 
     def __post_init__(self) -> None:
         if self.hot_bytes is not None:
-            object.__setattr__(self, "hot_bytes", parse_bytes(self.hot_bytes))
+            object.__setattr__(self, "hot_bytes", memory("hot_bytes", self.hot_bytes))
         within("window", self.window, 1)
         within("rate", self.rate, 1.0, 100.0)
         within("patience", self.patience, 1)
@@ -129,7 +130,7 @@ class InputsConfig:
     """Which samples are trained on, and in which order. For batches that come through ``Slipstream.inputs``.
 
     Raises:
-        ConfigError: a value is out of its range; the message names the field, the value and the range.
+        ConfigError: a value is out of its range or of another type; the message names field, value and range.
     """
 
     method: str = "off"
@@ -179,21 +180,22 @@ class InputsConfig:
 
     def __post_init__(self) -> None:
         one_of("method", self.method, INPUT_METHODS)
+        instance("slipstream", self.slipstream, SlipstreamInputs)
+        instance("fae", self.fae, FaeInputs)
         within("drop_share", self.drop_share, 0.0, 1.0, open_end=True)
         within("seed", self.seed, 0)
         within("min_probability", self.min_probability, 0.0, 1.0)
         if self.min_probability == 0.0:
             raise ConfigError("min_probability=0 would let a kept sample stand for infinitely many; give more than 0")
         weight = self.positive_weight
-        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if weight != "auto" and not (is_number and 1.0 <= float(weight) < float("inf")):
-            raise ConfigError(f"positive_weight={weight!r} must be a finite number of at least 1, or 'auto'")
+        if weight != "auto":
+            finite("positive_weight", weight, 1.0, otherwise=", or 'auto'")
         if weight != 1.0 and self.method not in ("off", "thinning"):
             raise ConfigError(
                 f"positive_weight={weight!r} is of method='thinning', not of {self.method!r}; leave it at 1"
             )
-        if self.weigh not in (True, False, None):
-            raise ConfigError(f"weigh={self.weigh!r} must be True, False or None (the method's own way)")
+        if self.weigh is not None:
+            boolean("weigh", self.weigh)
         if self.weigh and self.method not in ("off", "random", "negatives"):
             raise ConfigError(
                 f"weigh=True with method={self.method!r}, which weighs no sample; weighed thinning is "

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torchrec_slipstream.budget import parse_bytes
-from torchrec_slipstream.config.checks import within
+from torchrec_slipstream.config.checks import finite, memory, within
 from torchrec_slipstream.errors import ConfigError
 
 
@@ -14,7 +13,7 @@ class PlacementConfig:
     """Which rows are hot, and when that changes. For tables in host memory; nothing here concerns those in HBM.
 
     Raises:
-        ConfigError: a value is out of its range; the message names the field, the value and the range.
+        ConfigError: a value is out of its range or of another type; the message names field, value and range.
     """
 
     hbm_budget: int | str | None = None
@@ -57,21 +56,19 @@ class PlacementConfig:
     """Rows are moved in parts of so many bytes, which bounds the memory that a move takes besides."""
 
     record_every: int = 50
-    """Steps between two points of the report's hit rate over time; at least 1."""
+    """Steps between two points of the report's hit rate over time, and between two writes of the ``writer``'s scalars
+    (TensorBoard's), ``skipped_share`` among them; at least 1. Of a long run, older points are thinned."""
 
     def __post_init__(self) -> None:
-        for name in ("hbm_budget", "chunk_bytes"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, parse_bytes(value))
+        if self.hbm_budget is not None:
+            object.__setattr__(self, "hbm_budget", memory("hbm_budget", self.hbm_budget))
+        object.__setattr__(self, "chunk_bytes", memory("chunk_bytes", self.chunk_bytes))
         within("replan_every", self.replan_every, 0)
         within("min_gain", self.min_gain, 0.0, 1.0)
         within("min_age", self.min_age, 1)
         within("record_every", self.record_every, 1)
-        for name, least in (("hysteresis", 1.0), ("move_cost", 0.0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < float("inf"):
-                raise ConfigError(f"{name}={value!r} must be a number of at least {least:g}")
+        finite("hysteresis", self.hysteresis, 1.0)
+        finite("move_cost", self.move_cost, 0.0)
         if self.max_stall_share is not None:
             within("max_stall_share", self.max_stall_share, 0.0, 1.0)
             if self.max_stall_share == 0.0:

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass, field
 
 from torchrec_slipstream.config.access import AccessConfig
+from torchrec_slipstream.config.checks import instance
 from torchrec_slipstream.config.inputs import InputsConfig
 from torchrec_slipstream.config.placement import PlacementConfig
 from torchrec_slipstream.config.staleness import StalenessConfig
@@ -17,7 +18,7 @@ class SlipstreamConfig:
     """Configuration of a session: one part a room.
 
     Raises:
-        ConfigError: two parts do not go together.
+        ConfigError: two parts do not go together, or one is of another kind.
 
     Warns where ``inputs.method="slipstream"`` meets ``staleness.target_share`` above 0. Both may be wanted, but what
     the method then drops says less: a row whose updates are left out does not move, whatever it has still to learn, and
@@ -37,6 +38,13 @@ class SlipstreamConfig:
     """Which samples are trained on."""
 
     def __post_init__(self) -> None:
+        for name, kind in (
+            ("staleness", StalenessConfig),
+            ("access", AccessConfig),
+            ("placement", PlacementConfig),
+            ("inputs", InputsConfig),
+        ):
+            instance(name, getattr(self, name), kind)
         if self.placement.replan_every and self.access.counter in ("sketch", "off"):
             raise ConfigError(
                 f"replan_every={self.placement.replan_every} needs every row's access count, which "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torchrec_slipstream.config.checks import names, one_of, within
+from torchrec_slipstream.config.checks import boolean, names, one_of, within
 from torchrec_slipstream.errors import ConfigError
 
 SIGNALS = ("auto", "gain", "movement", "drift")
@@ -18,7 +18,7 @@ class StalenessConfig:
     """Which rows have stopped moving, and how much of their updating is left out.
 
     Raises:
-        ConfigError: a value is out of its range; the message names the field, the value and the range.
+        ConfigError: a value is out of its range or of another type; the message names field, value and range.
     """
 
     target_share: float = 0.5
@@ -58,7 +58,9 @@ class StalenessConfig:
 
     min_touches: int = 5
     """Look-ups that a row needs before it can be stale. Guards against the artefact's trap of calling rows stale that
-    were never trained. At least 1."""
+    were never trained. At least 1. A counted look-up stands for ``AccessConfig.every`` of them, so at the defaults (5,
+    of 1 step in 8) a row is taken for trained once it was seen in one counted step, however rare it is otherwise; 17
+    would take three counted look-ups. To have it exact, count every step (``AccessConfig(counter="exact")``)."""
 
     min_duty: float = 0.0
     """Smallest fraction of steps in which a stale row is live under ``"duty"``, in ``[0, 1)``."""
@@ -110,6 +112,7 @@ class StalenessConfig:
         within("thaw_every", self.thaw_every, 2)
         within("rate_decay", self.rate_decay, 0.0, 1.0, open_end=True)
         within("memory_bytes", self.memory_bytes, 0)
+        boolean("normalise_tables", self.normalise_tables)
         one_of("signal", self.signal, SIGNALS)
         one_of("selection", self.selection, SELECTIONS)
         one_of("search", self.search, _SEARCHES)

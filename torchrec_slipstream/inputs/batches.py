@@ -76,21 +76,6 @@ def size_of(batch: Any) -> int:
     return next(iter(sizes.values()))
 
 
-def features_of(batch: Any) -> KeyedJaggedTensor:
-    """The sparse features: the field ``sparse_features``, else the only KJT.
-
-    Raises:
-        InputError: there is none, or several and none of that name.
-    """
-    found = {name: value for name, value in _fields(batch).items() if isinstance(value, KeyedJaggedTensor)}
-    if "sparse_features" in found or len(found) == 1:
-        return found.get("sparse_features", next(iter(found.values())))
-    raise InputError(
-        f"{type(batch).__name__} has {len(found)} KeyedJaggedTensors ({', '.join(found) or 'none'}); call the one to "
-        "choose samples by 'sparse_features'"
-    )
-
-
 def kjts_of(batch: Any) -> list[KeyedJaggedTensor]:
     """All fields that are KJTs."""
     return [value for value in _fields(batch).values() if isinstance(value, KeyedJaggedTensor)]

@@ -118,8 +118,9 @@ class NegativeSampling:
         """By label, and by chance.
 
         Raises:
-            InputError: the batch has no labels, or those of several tasks a sample, and no weights make up for what is
-                dropped: each task's odds would then be off by another factor.
+            InputError: the batch has no labels, or such as are not finite; or those of several tasks a sample, and no
+                weights make up for what is dropped: each task's odds would then be off by another factor. Nothing was
+                counted.
         """
         size, labels = size_of(batch), labels_of(batch)
         if labels is None:
@@ -132,6 +133,8 @@ class NegativeSampling:
                 f"labels {list(labels.shape)} are of several tasks a sample, whose logits no one shift puts right once "
                 "negatives were dropped; use method='negatives' with its weights (weigh=None)"
             )
+        labels = labels.detach().cpu()  # the one wait for a GPU
+        _check_finite(labels)
         negative = negatives_of(labels)
         self._negatives = _MEMORY * self._negatives + int(negative.count_nonzero())
         self._samples = _MEMORY * self._samples + size
@@ -173,6 +176,17 @@ class NegativeSampling:
 def negatives_of(labels: Tensor) -> Tensor:
     """bool [B] on the CPU, the samples none of whose labels (``[B]`` or ``[B, tasks]``) is above 0.5."""
     return (labels.detach().reshape(len(labels), -1) <= 0.5).all(dim=1).cpu()
+
+
+def _check_finite(labels: Tensor) -> None:
+    """Raise InputError for a label that is neither negative nor positive."""
+    known = labels.reshape(len(labels), -1).isfinite().all(dim=1)
+    if not bool(known.all()):
+        first = int((~known).nonzero()[0])
+        raise InputError(
+            f"labels of {int((~known).sum())} of a batch's {len(labels)} samples are not finite, as those of sample "
+            f"{first}: {labels[first].tolist()}; give them a label, or leave them out of the loader's batches"
+        )
 
 
 def _check(name: str, state: dict[str, Any]) -> None:

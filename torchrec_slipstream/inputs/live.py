@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch.distributed as dist
 
 from torchrec_slipstream.config import InputsConfig
-from torchrec_slipstream.errors import StateError
+from torchrec_slipstream.errors import InputError, StateError
+from torchrec_slipstream.inputs.batches import size_of
 from torchrec_slipstream.inputs.blind import KeepAll
-from torchrec_slipstream.inputs.choice import Scheduler, Selector
+from torchrec_slipstream.inputs.choice import OneLane, Scheduler, Selector
 from torchrec_slipstream.inputs.dealing import Lockstep
 from torchrec_slipstream.inputs.methods import told_by
 from torchrec_slipstream.inputs.packing import pack, unpack
@@ -19,7 +21,10 @@ from torchrec_slipstream.inputs.stream import InputStream
 from torchrec_slipstream.inputs.tally import Tally
 from torchrec_slipstream.ranks import Ranks
 from torchrec_slipstream.report.inputs import InputReport
+from torchrec_slipstream.session_state import check_mapping, check_numbers, checking, damaged
 from torchrec_slipstream.tbe.features import ModelTable
+
+_SAVED = ("config", "rank", "selector", "scheduler", "tally", "stream", "unconfirmed")
 
 
 class LiveInputs:
@@ -44,6 +49,7 @@ class LiveInputs:
         self._tally = Tally()
         self._ranks: Lockstep | None = None
         self._method: tuple[Selector, Scheduler] | None = None
+        self._things: dict[str, Any] | None = None  # that the method was made with
         self._stream: InputStream | None = None
         self._handed_out = HandedOut()
         self._saved: dict[str, Any] | None = None
@@ -56,18 +62,21 @@ class LiveInputs:
         resumed run. A pipeline that still holds such batches would train on them first: make a new one.
 
         Raises:
-            InputError: the method needs other ``things``.
-            StateError: the loaded state is of another method or number of ranks; nothing was changed.
+            InputError: the method takes other ``things``, or took others in the first call.
+            StateError: the loaded state is of another method or number of ranks, or damaged; nothing was changed.
         """
+        self._check_things(things)
         if self._config.method == "off":
             return iter(loader)
         if self._method is None:
             method = self._make(loader, **things)
             if self._saved is not None and self._saved["selector"] is not None:
-                method[0].load_state_dict(self._saved["selector"])
-                method[1].load_state_dict(self._saved["scheduler"])
+                with checking("inputs.selector"):
+                    method[0].load_state_dict(self._saved["selector"])
+                with checking("inputs.scheduler"):
+                    method[1].load_state_dict(self._saved["scheduler"])
             self._ranks = Lockstep(self._group)
-            self._method = method
+            self._method, self._things = method, things
         assert self._ranks is not None
         stream = InputStream(loader, *self._method, self._ranks, self._tally, self._handed_out)
         if self._saved is not None and self._saved["stream"] is not None:
@@ -81,6 +90,23 @@ class LiveInputs:
             self._saved = None
         self._stream = stream
         return stream
+
+    def _check_things(self, things: dict[str, Any]) -> None:
+        """Raises InputError where some would not be heeded; what the method takes ``make`` knows."""
+        method = self._config.method
+        if method == "off" and things:
+            raise InputError(f"method='off' takes no {', '.join(sorted(things))}; give it nothing but the loader")
+        taken = self._things if self._things is not None else things
+        if unknown := sorted(things.keys() - taken.keys()):
+            raise InputError(
+                f"method={method!r} got no {', '.join(unknown)} with the first call of inputs(), and takes none later; "
+                f"give it there, or {'the same things again' if taken else 'nothing but the loader'}"
+            )
+        if other := sorted(name for name, one in things.items() if one is not taken[name] and one != taken[name]):
+            raise InputError(
+                f"method={method!r} got another {', '.join(other)} with the first call of inputs(), and goes on with "
+                "it; give the same again, or leave it out"
+            )
 
     def step(self, steps: int) -> None:
         """``steps`` training steps are over; the last was that of the oldest batch handed out."""
@@ -115,7 +141,7 @@ class LiveInputs:
         # An epoch that ended, all of it trained on, is over: the next stream is the next epoch's.
         goes_on = self._stream is not None and (again or not self._stream.ended)
         return {
-            "method": self._config.method,
+            "config": asdict(self._config),
             "rank": list(self._rank),
             "selector": self._method[0].state_dict() if self._method is not None else None,
             "scheduler": self._method[1].state_dict() if self._method is not None else None,
@@ -125,23 +151,73 @@ class LiveInputs:
         }
 
     def check(self, state: dict[str, Any] | None) -> None:
-        """Raises StateError if the state is of another method, rank or number of ranks, or a stream is open already."""
-        method = state["method"] if state is not None else "off"
-        if method != self._config.method:
+        """Raises StateError if the state is of another configuration, rank or number of ranks, or is damaged, or a
+        stream is open already. What only the method can read, the first :meth:`open` checks."""
+        mine, saved = asdict(self._config), {"method": "off"}
+        if state is not None:
+            if missing := [name for name in _SAVED if name not in check_mapping("inputs", state)]:
+                raise damaged(f"inputs lacks {missing}")
+            saved = dict(check_mapping("inputs.config", state["config"]))
+        if saved.get("method") != mine["method"]:
             raise StateError(
-                f"the saved run chose inputs by method={method!r}, this one by {self._config.method!r}; resume with "
-                "the same InputsConfig"
+                f"the saved run chose inputs by method={saved.get('method')!r}, this one by {mine['method']!r}; resume "
+                "with the same InputsConfig"
             )
-        if state is not None and state["rank"] != list(self._rank):
+        if state is None:
+            return
+        if differing := _differing(saved, mine):
+            raise StateError(
+                f"the saved run chose inputs by another configuration: {differing} differ. Use the same InputsConfig "
+                "to resume, or start without the session's state."
+            )
+        if state["rank"] != list(self._rank):
             raise StateError(
                 "the saved inputs are those of rank {} of {}, and this is rank {} of {}; resume on as many ranks, each "
                 "from its own state".format(*state["rank"], *self._rank)
             )
-        if state is not None and self._stream is not None:
+        self._check_contents(state)
+        if self._stream is not None:
             raise StateError("a stream of inputs is open; load the state before inputs() is called")
+
+    def _check_contents(self, state: dict[str, Any]) -> None:
+        """Raises StateError if the state is damaged: loads it into things of no use, as far as that goes."""
+        fresh, tally = Tally(), check_mapping("inputs.tally", state["tally"])
+        if tally.keys() != fresh.state_dict().keys():
+            raise damaged(f"inputs.tally has {sorted(tally)} instead of {sorted(fresh.state_dict())}")
+        check_numbers("inputs.tally", {**tally, "labels": tally["labels"] or []})
+        fresh.load_state_dict(dict(tally))
+        if not isinstance(state["unconfirmed"], list):
+            raise damaged(f"inputs.unconfirmed is {type(state['unconfirmed']).__name__} instead of a list")
+        for packed in state["unconfirmed"]:
+            size_of(unpack(packed))
+        for name in ("selector", "scheduler") if state["selector"] is not None else ():
+            check_mapping(f"inputs.{name}", state[name])
+        if state["stream"] is None:
+            return
+        saved = check_mapping("inputs.stream", state["stream"])
+        alone = Lockstep(None)
+        alone.ranks = self._rank[1]
+        stream = InputStream((), KeepAll(lanes=len(saved["lanes"])), OneLane(), alone, Tally(), HandedOut())
+        numbers = {name: type(one) for name, one in stream.state_dict().items() if isinstance(one, int)}
+        if wrong := [name for name, kind in numbers.items() if not isinstance(saved.get(name), kind)]:
+            raise damaged(f"inputs.stream does not say {wrong}")
+        check_numbers("inputs.stream['counts']", saved["counts"])
+        stream.load_state_dict(dict(saved))
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Go on from :meth:`state_dict`, which :meth:`check` found right, in the next stream."""
         self._saved = state
         if state is not None:
             self._tally.load_state_dict(state["tally"])
+
+
+def _differing(saved: Mapping[str, Any], mine: Mapping[str, Any], within: str = "") -> list[str]:
+    """Names of the knobs that are not the same, those of a part with its name before them."""
+    found = []
+    for name in sorted({*saved, *mine}):
+        one, other = saved.get(name), mine.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found += _differing(one, other, f"{within}{name}.")
+        elif one != other or (name in saved) != (name in mine):
+            found.append(within + name)
+    return found

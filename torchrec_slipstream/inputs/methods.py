@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from torchrec_slipstream.inputs.fae import FaeSelector, ShuffleScheduler
 from torchrec_slipstream.inputs.hot import hot_of_calibration, hot_of_overlays, hot_of_placement, hot_of_profile
 from torchrec_slipstream.inputs.rows import RowSets
 from torchrec_slipstream.inputs.slipstream import SlipstreamSelector
+from torchrec_slipstream.loaders import length_of
 from torchrec_slipstream.placement import Placement
 from torchrec_slipstream.ranks import Ranks
 from torchrec_slipstream.report.inputs import SearchReport
@@ -125,21 +126,14 @@ def _in_steps(config: SlipstreamInputs, loader: Iterable[Any], ranks: Ranks) -> 
     """The same with ``snapshot_steps`` for its ``snapshot_share``, of the shortest loader of all ranks."""
     if config.snapshot_share is None:
         return config
-    (batches,) = ranks.least([_length(loader)])
+    length = length_of(loader)
+    (batches,) = ranks.least([length if length is not None else -1])
     if batches < 0:
         raise InputError(
             f"snapshot_share={config.snapshot_share} is of the batches of an epoch, and a {type(loader).__name__} has "
             "no length (on this rank or another); give snapshot_steps instead"
         )
     return replace(config, snapshot_steps=max(1, round(config.snapshot_share * batches)), snapshot_share=None)
-
-
-def _length(loader: Iterable[Any]) -> int:
-    """-1 where it has none."""
-    try:
-        return len(loader) if isinstance(loader, Sized) else -1
-    except TypeError:  # a DataLoader of an IterableDataset
-        return -1
 
 
 def _fae(

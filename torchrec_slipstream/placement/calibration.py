@@ -26,6 +26,7 @@ from torchrec.distributed.planner import Topology
 
 from torchrec_slipstream.errors import ConfigError
 from torchrec_slipstream.tbe.uvm import managed_rows
+from torchrec_slipstream.writing import whole_file
 
 FORMAT, VERSION = "torchrec_slipstream bandwidths", 1
 _NAMES = ("hbm_mem_bw", "ddr_mem_bw", "hbm_to_ddr_mem_bw", "intra_host_bw", "inter_host_bw")
@@ -85,8 +86,14 @@ class Bandwidths:
         return Topology(**{**measured, **options})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write them as JSON."""
-        Path(path).write_text(json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1) + "\n")
+        """Write them as JSON; the file appears whole or not at all.
+
+        Raises:
+            ConfigError: the path cannot be written.
+        """
+        text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1) + "\n"
+        with whole_file(path, ConfigError) as whole:
+            whole.write_text(text)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Bandwidths:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from math import nan
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torchrec_slipstream.placement.slots import (
 )
 from torchrec_slipstream.placement.stall import StallLimit
 from torchrec_slipstream.report.placement import HitPoint, Replan, TableHits
+from torchrec_slipstream.report.thinning import thin
 from torchrec_slipstream.tbe import FoundTbe, UpdateFilter
 from torchrec_slipstream.tbe.checkpoint import ReleaseBeforeAccess
 from torchrec_slipstream.tbe.overlay import Overlay, can_hold
@@ -66,6 +68,9 @@ class HotRows:
         self.config = config
         self.filters = list(filters)
         self.placement = placement
+        if placement is not None and any(one.device.type == "cpu" for one in self.filters):
+            # A CPU has no faster memory than its own: the times of what was planned with say nothing about it.
+            self.placement = replace(placement, expected_ms=nan)
         self.replans: list[Replan] = []
         self._counted = counted
         self._total = total
@@ -98,8 +103,9 @@ class HotRows:
         ]
         # At the last re-plan: look-ups so far, and steps.
         self._looked_up = self._planned_at = 0
-        # By step: hits and look-ups until then.
+        # By step: hits and look-ups until then. Without hot rows on any rank the last two are enough.
         self._points: list[tuple[int, Sequence[Tensor | int]]] = []
+        self._keeps_points = placement is not None or config.hbm_budget is not None
         self._stall = StallLimit(config.max_stall_share, self._chunk_bytes)
 
     def attach(self) -> None:
@@ -151,6 +157,9 @@ class HotRows:
                 before, totals = self._points[-1]
                 self._points[-1] = before, [int(value) for value in totals]
             self._points.append((steps, self._totals()))
+            if not self._keeps_points:
+                del self._points[:-2]
+            thin(self._points, lambda _, later: later)  # which counts from the beginning, and so stands for both
         if self.config.replan_every and steps % self.config.replan_every == 0:
             self._replan(steps)
 
@@ -180,6 +189,8 @@ class HotRows:
         config, now = self.config, steps // self.config.replan_every
         refusals = torch.tensor(float(not self._stall.can_decide()), dtype=torch.float64, device=self._group_device)
         if float(self._total(refusals)) > 0.0:
+            if self.replans:  # the first look is free
+                self.replans[-1] = replace(self.replans[-1], left_out=self.replans[-1].left_out + 1)
             return  # some rank has not saved up for it: the next look will be at a longer window
         self._wait()  # for the training that is still under way: it is no cost of re-planning
         began = time.perf_counter()

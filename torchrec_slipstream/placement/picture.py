@@ -63,7 +63,7 @@ def figure_of(profile: AccessProfile, placement: Placement | None) -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install torchrec-slipstream[plot]") from error
+        raise ImportError("drawing needs matplotlib: pip install matplotlib") from error
 
     figure = Figure(figsize=(11.0, 6.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)

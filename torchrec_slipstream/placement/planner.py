@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from numbers import Integral
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.planner import EmbeddingShardingPlanner
@@ -33,13 +31,19 @@ from torchrec_slipstream.budget import parse_bytes
 from torchrec_slipstream.errors import ConfigError, PlanError, SlipstreamError
 from torchrec_slipstream.placement.estimators import Booking, RowPerfEstimator, RowStorageEstimator
 from torchrec_slipstream.placement.layout import Layout
+from torchrec_slipstream.placement.machine import check_size, this_topology
 from torchrec_slipstream.placement.placement import Placement
 from torchrec_slipstream.placement.proposer import HotRowProposer
 from torchrec_slipstream.placement.settling import SettledPerfModel, settle
 from torchrec_slipstream.placement.shortage import explain_shortage
 from torchrec_slipstream.placement.stats import SlipstreamStats
 from torchrec_slipstream.placement.summary import placement_of
-from torchrec_slipstream.placement.tables import gives_pooling, with_measured_pooling
+from torchrec_slipstream.placement.tables import (
+    check_names,
+    checked_constraints,
+    gives_pooling,
+    with_measured_pooling,
+)
 from torchrec_slipstream.placement.upstream import check_planner
 
 BACKINGS = ("caching", "uvm")
@@ -109,8 +113,10 @@ class SlipstreamPlanner(EmbeddingShardingPlanner):
     ) -> None:
         if not isinstance(profile, AccessProfile):
             raise ConfigError(f"profile must be an AccessProfile, not {type(profile).__name__}")
-        if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
-            raise ConfigError(f"batch_size={batch_size!r}; give at least one sample a device and step")
+        if batch_size is None:
+            batch_size = BATCH_SIZE
+        if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size!r}; give at least one sample a device and step, a whole number")
         if backing not in BACKINGS:
             raise ConfigError(f"backing={backing!r} must be one of {', '.join(map(repr, BACKINGS))}")
         check_planner()
@@ -119,8 +125,8 @@ class SlipstreamPlanner(EmbeddingShardingPlanner):
         self.topology = topology if topology is not None else this_topology()
         self.budgets = [budget_of(hbm_budget, device.storage.hbm) for device in self.topology.devices]
         self.placement: Placement | None = None
-        self._slip_batch_size = batch_size if batch_size is not None else BATCH_SIZE
-        given = dict(constraints or {})
+        self._slip_batch_size = int(batch_size)
+        self._slip_given = given = checked_constraints(constraints)
         self._slip_pooling_given = frozenset(name for name, one in given.items() if gives_pooling(one))
         self._slip_constraints = with_measured_pooling(given, profile)
         self._slip_reservation = storage_reservation or _default_reservation()
@@ -156,7 +162,8 @@ class SlipstreamPlanner(EmbeddingShardingPlanner):
         """Plan for ``module``, in this process alone. Sets :attr:`placement`.
 
         Raises:
-            PlanError: there is no plan that fits the devices' memory; the message says by how much, and what would.
+            PlanError: there is no plan that fits the devices' memory; the message says by how much, and what would. Or
+                constraints are of a table that the model does not have.
             ProfileError: a table of the model is not in the profile, or has another size there.
         """
         self.placement, self._slip_layout = None, None
@@ -199,7 +206,8 @@ class SlipstreamPlanner(EmbeddingShardingPlanner):
         """Plan on rank 0 and give the plan and the :attr:`placement` to all ranks of ``pg`` (default: of all).
 
         Raises:
-            PlanError, ProfileError: as :meth:`plan`, and on every rank.
+            PlanError: the group is of another size than :attr:`topology`.
+            PlanError, ProfileError: as :meth:`plan`. All of them on every rank.
         """
         group = pg if pg is not None else dist.group.WORLD
         if group is None:
@@ -212,6 +220,7 @@ class SlipstreamPlanner(EmbeddingShardingPlanner):
         failure: Exception | None = None
         if group.rank() == 0:
             try:
+                check_size(self.topology, group.size())
                 result = [(self.plan(module, sharders), self.placement)]
             except Exception as error:
                 # The others wait for a plan: they must hear of it too.
@@ -234,6 +243,7 @@ class SlipstreamPlanner(EmbeddingShardingPlanner):
         return self._slip_layout
 
     def _prepare(self, options: list[ShardingOption]) -> list[ShardingOption]:
+        check_names(self._slip_given, options)
         return self._layout().prepare(options, self._slip_enumerator)
 
     def _choose(self, options: list[ShardingOption], share: float, keep_to_budgets: bool) -> None:
@@ -261,29 +271,6 @@ def budget_of(hbm_budget: int | float | str | None, hbm: int) -> int:
             )
         return int(hbm_budget * hbm)
     return min(parse_bytes(hbm_budget), hbm)
-
-
-def this_topology() -> Topology:
-    """The topology of the default process group (or of this process alone), with the memory that this machine has.
-
-    TorchRec's default assumes 32 GiB of HBM and 128 GiB of host memory a device.
-    """
-    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    host = _host_memory() // here
-    if torch.cuda.is_available():
-        hbm = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        return Topology(world_size=ranks, local_world_size=here, compute_device="cuda", hbm_cap=hbm, ddr_cap=host)
-    return Topology(world_size=ranks, local_world_size=here, compute_device="cpu", ddr_cap=host)
-
-
-def _host_memory() -> int:
-    """Bytes that this machine has, or this container may use."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        memory = min(memory, int(text))
-    return memory
 
 
 def _default_reservation() -> StorageReservation:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ from torchrec.distributed.planner.types import ParameterConstraints, ShardingOpt
 from torchrec.distributed.types import CacheParams, ModuleSharder, ShardingType
 
 from torchrec_slipstream.access import AccessProfile, CountHistogram, TableAccess, expected_distinct
-from torchrec_slipstream.errors import PlanError, ProfileError
+from torchrec_slipstream.errors import ConfigError, PlanError, ProfileError
 from torchrec_slipstream.tbe.memory import Cache, OptimizerState, RowBytes, cache_of, optimizer_of, row_bytes
 
 FUSED = EmbeddingComputeKernel.FUSED.value
@@ -191,6 +191,36 @@ def access_of(profile: AccessProfile, option: ShardingOption) -> TableAccess | N
         if name in profile.tables:
             return profile.tables[name]
     return None
+
+
+def checked_constraints(constraints: object) -> dict[str, ParameterConstraints]:
+    """The user's constraints by table, of which there may be none (None).
+
+    Raises:
+        ConfigError: they are no mapping, or one of them is no ``ParameterConstraints``.
+    """
+    if constraints is None:
+        return {}
+    if not isinstance(constraints, Mapping):
+        raise ConfigError(f"constraints={constraints!r}; give a mapping of table names to ParameterConstraints")
+    for name, one in constraints.items():
+        if not isinstance(one, ParameterConstraints):
+            raise ConfigError(f"constraints: table {name!r} has {one!r}; give TorchRec's ParameterConstraints")
+    return dict(constraints)
+
+
+def check_names(constrained: Iterable[str], options: Iterable[ShardingOption]) -> None:
+    """Of the user's constraints, against the tables that the planner has enumerated sharding options of.
+
+    Raises:
+        PlanError: some are of no table: TorchRec passes them over.
+    """
+    known = dict.fromkeys(option.name for option in options)
+    if unknown := [name for name in constrained if name not in known]:
+        raise PlanError(
+            f"constraints name {', '.join(map(repr, unknown))}, which the model does not have; its tables are "
+            f"{', '.join(list(known)[:20])}{', ...' if len(known) > 20 else ''}: give constraints by these names"
+        )
 
 
 def with_measured_pooling(

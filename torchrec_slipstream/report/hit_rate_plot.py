@@ -14,7 +14,7 @@ def draw(report: PlacementReport, path: str | Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise SlipstreamError("a plot needs matplotlib: pip install torchrec-slipstream[plot]") from error
+        raise SlipstreamError("a plot needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     rates = report.hit_rates()

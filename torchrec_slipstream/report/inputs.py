@@ -149,7 +149,8 @@ class InputReport:
         known = min(negative.read, positive.read, negative.kept_weight, positive.kept_weight) > 0
         if negative.weighs or not known:
             return 0.0
-        return math.log(negative.kept_weight / negative.read) - math.log(positive.kept_weight / positive.read)
+        kept = math.log(negative.kept_weight) - math.log(positive.kept_weight)
+        return kept - math.log(negative.read) + math.log(positive.read)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, fit for JSON."""

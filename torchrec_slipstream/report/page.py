@@ -79,8 +79,8 @@ def _summary(runs: Sequence[RunRecord]) -> str:
         ("left out since skipping began (target)", _left_out),
         ("inputs dropped (by)", _inputs_dropped),
         ("hit rate (planned)", lambda run: _placed(run, _hit_rate)),
-        ("fast memory (planned)", lambda run: _placed(run, _memory)),
-        ("re-plans, those that moved rows", lambda run: _placed(run, _replans)),
+        ("overlays' fast memory (planned)", lambda run: _placed(run, _memory)),
+        ("re-plans, those that moved rows (left out by the limit)", lambda run: _placed(run, _replans)),
         ("rows moved", lambda run: _placed(run, lambda one: f"{one.moved_rows:,}")),
         ("waited for re-plans", lambda run: _placed(run, lambda one: f"{one.stall_share:.2%}")),
         ("time in the tracker", _tracker),
@@ -110,11 +110,15 @@ def _predictions(placed: PlacementReport) -> str:
     rows = [
         line("hit rate", None if planned is None else f"{planned:.2%}", f"{placed.total.hit_rate:.2%}"),
         line(
-            "fast memory for hot rows and slot words",
+            "the overlays' fast memory for hot rows and slot words",
             None if placed.predicted_bytes is None else format_bytes(placed.predicted_bytes),
             format_bytes(placed.hbm_bytes),
         ),
-        line("a step's embedding part, slowest device", _ms(placed.predicted_ms), "not measured apart"),
+        *(
+            [line("a step's embedding part, slowest device", _ms(placed.predicted_ms), "not measured apart")]
+            if placed.predicted_ms is not None
+            else []
+        ),
         line("a whole step, the dense part included", None, _ms(placed.step_ms) or _NONE),
     ]
     return table(["", "predicted", "measured"], rows)
@@ -244,7 +248,8 @@ def _memory(placed: PlacementReport) -> str:
 
 def _replans(placed: PlacementReport) -> str | None:
     moved = sum(one.moved for one in placed.replans)
-    return f"{len(placed.replans):,}, {moved:,}" if placed.replans else None
+    left_out = f" ({placed.left_out:,})" if placed.left_out else ""
+    return f"{len(placed.replans):,}, {moved:,}{left_out}" if placed.replans else None
 
 
 def _ms(value: float | None) -> str | None:

@@ -54,7 +54,8 @@ class Replan:
     """One look at the access counts.
 
     ``gain`` is the promised rise of the hit rate; ``moved`` whether it was worth the moving of ``demoted`` and
-    ``promoted`` rows, ``bytes`` of them; ``seconds`` to decide and to move, on the slowest rank.
+    ``promoted`` rows, ``bytes`` of them; ``seconds`` to decide and to move, on the slowest rank; ``left_out`` the looks
+    after this one, and before the next, that ``max_stall_share`` did not allow.
     """
 
     step: int
@@ -64,6 +65,7 @@ class Replan:
     promoted: int
     bytes: int
     seconds: float
+    left_out: int = 0
 
     def __add__(self, other: Replan) -> Replan:
         return replace(
@@ -81,11 +83,12 @@ class PlacementReport:
 
     Attributes:
         tables: by name.
-        points: the hit rate over time.
+        points: the hit rate over time; of a long run not every one that was recorded.
         replans: every look at the counts.
         hbm_bytes: of the overlays and slot words, over all ranks; ``predicted_bytes`` those of the placement, ``None``
             where a budget was given instead.
-        predicted_hit_rate, predicted_ms: of the placement: a step's embedding part on the slowest device.
+        predicted_hit_rate, predicted_ms: of the placement: a step's embedding part on the slowest device. No time
+            (``None``, nan is taken for it) where the memory that was planned with is only simulated, as on a CPU.
         step_ms: measured mean time of a whole step, the dense part included.
         seconds: since attach, or since a state was loaded, which was after ``first_step`` steps; ``step_ms`` and
             ``stall_share`` are of that time.
@@ -102,6 +105,9 @@ class PlacementReport:
     seconds: float
     first_step: int = 0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "predicted_ms", _known(self.predicted_ms))
+
     @property
     def total(self) -> TableHits:
         """All tables together."""
@@ -111,6 +117,11 @@ class PlacementReport:
     def moved_rows(self) -> int:
         """Rows that changed places in re-plans, both ways."""
         return sum(one.demoted + one.promoted for one in self.replans)
+
+    @property
+    def left_out(self) -> int:
+        """Re-plans that did not take place, as ``PlacementConfig.max_stall_share`` did not allow the time."""
+        return sum(one.left_out for one in self.replans)
 
     @property
     def stall_share(self) -> float:
@@ -136,7 +147,7 @@ class PlacementReport:
         """Draw the hit rate over steps, re-plans marked, and write it as a picture; the ending says which kind.
 
         Raises:
-            SlipstreamError: matplotlib is missing; ``pip install torchrec-slipstream[plot]``.
+            SlipstreamError: matplotlib is missing; ``pip install matplotlib``.
         """
         from torchrec_slipstream.report.hit_rate_plot import draw
 
@@ -155,6 +166,7 @@ class PlacementReport:
             "seconds": self.seconds,
             "first_step": self.first_step,
             "moved_rows": self.moved_rows,
+            "left_out": self.left_out,
             "stall_share": self.stall_share,
             "tables": {
                 name: asdict(table) | {"hit_rate": _known(table.hit_rate), "predicted": _known(table.predicted)}
@@ -188,7 +200,7 @@ class PlacementReport:
                 f"{hits:>7}  {predicted:>9}"
             )
         lines.append("")
-        memory = f"fast memory for hot rows and slot words: {format_bytes(self.hbm_bytes)}"
+        memory = f"the overlays' fast memory for hot rows and slot words: {format_bytes(self.hbm_bytes)}"
         if self.predicted_bytes is not None:
             memory += f" (planned {format_bytes(self.predicted_bytes)})"
         lines.append(memory)
@@ -202,6 +214,7 @@ class PlacementReport:
                 f"{len(self.replans)} re-plans, {len(moved)} of them moved rows: {self.moved_rows:,} rows, "
                 f"{format_bytes(sum(one.bytes for one in moved))}, {self.stall_seconds:.2f} s "
                 f"({self.stall_share:.2%} of the run)"
+                + (f"; {self.left_out:,} left out by the limit max_stall_share" if self.left_out else "")
             )
         rates = self.hit_rates()
         if len(rates) > 1:

@@ -19,14 +19,11 @@ Several runs in one file are an object of such objects, by any keys (``examples/
 from __future__ import annotations
 
 import json
-import os
 import platform
-import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
-from math import isfinite
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -37,10 +34,13 @@ from torchrec_slipstream.errors import ConfigError
 from torchrec_slipstream.installed import installed
 from torchrec_slipstream.placement.calibration import processor
 from torchrec_slipstream.report.report import Report
+from torchrec_slipstream.writing import whole_file
 
 FORMAT = "torchrec_slipstream.run"
 VERSION = 1
 _KNOWN = ("format", "version", "name", "slipstream", "history", "step_ms", "best_possible", "versions")
+# Beyond this no number is of a run, and sums and differences of such could not be drawn.
+_MOST = 1e100
 _WRITERS = "what Report.save or examples/train_dlrm.py --json wrote"
 
 
@@ -66,7 +66,7 @@ class RunRecord:
     facts: Mapping[str, str | float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The file's object: plain numbers and strings, null for what is not finite.
+        """The file's object: plain numbers and strings, null for what is not finite (or beyond 1e100).
 
         Raises:
             ConfigError: a history entry has no step, or is no number; or so of the milliseconds.
@@ -96,17 +96,9 @@ class RunRecord:
         Raises:
             ConfigError: what :meth:`to_dict` raises; or the path cannot be written.
         """
-        path = Path(path)
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        try:
-            try:
-                temporary.write_text(text, encoding="utf-8")
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-        except OSError as error:
-            raise ConfigError(f"cannot write {path}: {error.strerror}; give a path that can be written") from error
+        with whole_file(path, ConfigError) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
     @staticmethod
     def from_dict(values: Mapping[str, Any], name: str = "") -> RunRecord:
@@ -129,16 +121,18 @@ class RunRecord:
                 report=report,
                 name=str(values.get("name") or name),
                 history=[_finite(_check_entry(entry)) for entry in values.get("history") or ()],
-                step_ms={key: float(value) for key, value in _known(values, "step_ms").items()},
-                best_possible={key: float(value) for key, value in _known(values, "best_possible").items()},
+                step_ms=_known(values, "step_ms"),
+                best_possible=_known(values, "best_possible"),
                 versions={key: str(value) for key, value in (values.get("versions") or {}).items()},
                 facts={
-                    key: one for key, one in values.items() if key not in _KNOWN and isinstance(one, str | int | float)
+                    key: one
+                    for key, one in values.items()
+                    if key not in _KNOWN and (isinstance(one, str | bool) or _is_drawn(one))
                 },
             )
         except ConfigError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ConfigError(f"is damaged ({type(error).__name__}: {error}); give {_WRITERS}") from error
 
 
@@ -180,7 +174,8 @@ def load(path: str | Path) -> list[RunRecord]:
 
 
 def _check_report(report: Report) -> None:
-    """Raises TypeError for a value that is not of its field's type: where a file is believed, not where it is drawn."""
+    """Raises TypeError for a value that is not of its field's type, or too large to be one of a run: where a file is
+    believed, not where it is drawn."""
     parts: list[Any] = [report, *report.tables.values(), *report.decisions, *report.spread.values()]
     if (placed := report.placement) is not None:
         parts += [placed, *placed.tables.values(), *placed.points, *placed.replans]
@@ -189,7 +184,7 @@ def _check_report(report: Report) -> None:
         parts += [*inputs.tables.values(), *inputs.lanes.values(), *inputs.searches]
     for octaves in report.spread.values():
         counts, lowest = octaves.counts, octaves.lowest
-        if not isinstance(lowest, int) or abs(lowest) + len(counts) > 256 or not all(map(_is_number, counts)):
+        if not isinstance(lowest, int) or abs(lowest) + len(counts) > 256 or not all(map(_is_whole, counts)):
             raise TypeError(f"a spread is {octaves!r}")
     if not isinstance(report.config, Mapping):
         raise TypeError(f"config is {report.config!r}")
@@ -198,22 +193,25 @@ def _check_report(report: Report) -> None:
             value = getattr(part, one.name)
             fits = {
                 "str": isinstance(value, str),
-                "int": _is_number(value),
-                "float": _is_number(value),
-                "int | None": value is None or _is_number(value),
-                "float | None": value is None or _is_number(value),
+                "int": _is_whole(value),
+                "float": _is_drawn(value),
+                "int | None": value is None or _is_whole(value),
+                "float | None": value is None or _is_drawn(value),
                 "bool": isinstance(value, bool),
             }
             if not fits.get(str(one.type), True):
                 raise TypeError(f"{one.name} is {value!r}")
 
 
-def _known(values: Mapping[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in (values.get(key) or {}).items() if value is not None}
+def _known(values: Mapping[str, Any], key: str) -> dict[str, float]:
+    found = {name: value for name, value in (values.get(key) or {}).items() if value is not None}
+    if wrong := [name for name, value in found.items() if not _is_drawn(value)]:
+        raise TypeError(f"{key}: {wrong[0]!r} is {found[wrong[0]]!r}")
+    return {name: float(value) for name, value in found.items()}
 
 
 def _check_entry(entry: Mapping[str, float | None]) -> Mapping[str, float | None]:
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("step"), Integral):
+    if not isinstance(entry, Mapping) or not _is_whole(entry.get("step")):
         raise ConfigError(f"history: {entry!r} has no step; give entries such as {{'step': 500, 'auc': 0.78}}")
     for name, value in entry.items():
         if value is not None and not _is_number(value):
@@ -225,14 +223,24 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def _is_drawn(value: object) -> bool:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    return -_MOST <= (int(value) if isinstance(value, Integral) else float(value)) <= _MOST  # numpy's would overflow
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and _is_drawn(value)
+
+
 def _finite(value: Any) -> Any:
-    """The same in JSON's own types, with None for numbers that JSON has no word for."""
+    """The same in JSON's own types, with None for numbers that JSON has no word for, or that no run has."""
     if isinstance(value, Mapping):
         return {str(key): _finite(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(one) for one in value]
     if not _is_number(value):
         return value
-    if isinstance(value, Integral):  # numpy's are not int
-        return int(value)
-    return float(value) if isfinite(value) else None
+    if not _is_drawn(value):
+        return None
+    return int(value) if isinstance(value, Integral) else float(value)  # numpy's are not int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ class Decision:
 
     ``pool_rows`` may be stale, ``stale_rows`` are; ``thawed_rows`` were until now, ``refrozen_rows`` are again after
     one interval; ``measured_share`` of the look-ups since skipping began were left out, ``expected_share`` will be.
+
+    Of a long run not every decision is kept: ``before`` says how many were between the kept one before and this, and
+    ``thawed_before`` and ``refrozen_before`` sum up their rows.
     """
 
     step: int
@@ -28,6 +31,18 @@ class Decision:
     measured_share: float
     expected_share: float
     seconds: float
+    before: int = 0
+    thawed_before: int = 0
+    refrozen_before: int = 0
+
+    def join(self, later: Decision) -> Decision:
+        """The later one, standing for this one as well."""
+        return replace(
+            later,
+            before=self.before + 1 + later.before,
+            thawed_before=self.thawed_before + self.thawed_rows + later.thawed_before,
+            refrozen_before=self.refrozen_before + self.refrozen_rows + later.refrozen_before,
+        )
 
 
 @dataclass(frozen=True)
@@ -61,8 +76,10 @@ class Report:
     ``placement`` is what became of the hot rows; None where none had an overlay. ``inputs`` is what became of the
     samples; None where the session chose none.
 
-    ``seconds`` is wall time since attach, ``tracker_seconds`` the part of it spent in decisions (snapshots, counts,
-    search and collectives; on this rank).
+    ``seconds`` is wall time since attach, or since a state was loaded; ``tracker_seconds`` the part of it spent in
+    decisions (snapshots, counts, search and collectives; on this rank).
+
+    ``decisions`` are all of them up to 1,000, else some, the first and the last among them.
 
     ``config`` is the session's :class:`SlipstreamConfig` as plain values, empty where it is not known; ``spread`` how
     rows and samples differ in what the choice goes by, over all ranks:
@@ -95,13 +112,19 @@ class Report:
         return self.decisions[-1].measured_share if self.decisions else 0.0
 
     @property
+    def decisions_made(self) -> int:
+        """Decisions so far, with those that ``decisions`` does not list any more."""
+        return sum(1 + one.before for one in self.decisions)
+
+    @property
     def refreeze_rate(self) -> float | None:
         """Of the rows that were thawed as a whole, the share found stale again at the next decision.
 
         None where none was thawed (rows under a duty cycle are live now and then without being thawed as a whole).
         """
-        thawed = sum(d.thawed_rows for d in self.decisions[:-1])
-        refrozen = sum(d.refrozen_rows for d in self.decisions[1:])
+        thawed = sum(d.thawed_before + d.thawed_rows for d in self.decisions)
+        thawed -= self.decisions[-1].thawed_rows if self.decisions else 0  # of these the next decision tells
+        refrozen = sum(d.refrozen_before + d.refrozen_rows for d in self.decisions[1:])
         return refrozen / thawed if thawed else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -184,7 +207,7 @@ class Report:
             lines.append(f"of the rows thawed, {self.refreeze_rate:.0%} froze again at the next decision")
         lines.append(
             f"tracker: {self.tracker_seconds:.2f} s of {self.seconds:.2f} s "
-            f"({self.tracker_seconds / max(self.seconds, 1e-9):.1%}), {len(self.decisions)} decisions"
+            f"({self.tracker_seconds / max(self.seconds, 1e-9):.1%}), {self.decisions_made:,} decisions"
         )
         if self.placement is not None:
             lines += ["", "hot rows", str(self.placement)]

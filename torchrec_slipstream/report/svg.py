@@ -72,7 +72,7 @@ def number(value: float) -> str:
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Round numbers from ``low`` to ``high``, about so many: steps of 1, 2 or 5 times a power of ten."""
     raw = (high - low) / wanted
-    if raw <= 0:
+    if raw < 1e-300:  # no power of ten is as small
         return [low]
     power = 10.0 ** floor(log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.7 * raw)

@@ -105,16 +105,10 @@ class RowPool:
             moved.append(new)
         return moved
 
-    def state_of(self, begin: int, end: int, shard: int, row_begin: int) -> dict[str, Tensor]:
-        """The saved form of one shard's rows: every field but ``fresh``, rows counted from the shard's first."""
-        saved = {
-            f.name: getattr(self, f.name)[begin:end].clone()
-            for f in fields(self)
-            if f.name not in ("snapshots", "fresh")
-        }
-        saved["rows"] -= row_begin
-        saved["snapshots"] = self.snapshots[shard].clone()
-        return saved
+    def part(self, begin: int, end: int, shard: int) -> dict[str, Tensor]:
+        """Of one shard's rows every field but ``fresh``: views, no copies."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("snapshots", "fresh")}
+        return {name: value[begin:end] for name, value in values.items()} | {"snapshots": self.snapshots[shard]}
 
 
 def _found_in(before: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

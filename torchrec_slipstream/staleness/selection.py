@@ -40,13 +40,7 @@ def proportional_scale(score: Tensor, rate: Tensor, target: Tensor, least: float
     weight = torch.where(known, rate, 0.0).double()
     octave = clean.clamp(min=2.0**_LOWEST_OCTAVE).double().log2()
     bins = ((octave - _LOWEST_OCTAVE) * _OCTAVE_BINS).long().clamp(0, _BINS - 1)
-    mass = torch.stack(
-        [
-            torch.bincount(bins, weights=weight, minlength=_BINS),
-            torch.bincount(bins, weights=weight * clean, minlength=_BINS),
-        ]
-    )
-    mass = total(mass).cpu()
+    mass = total(torch.stack([_sums_by(bins, weight, _BINS), _sums_by(bins, weight * clean, _BINS)])).cpu()
     mass = mass[:, mass[0] > 0]
     weights, products = mass[0], mass[1]
     means = products / weights.clamp(min=1e-300)
@@ -60,6 +54,11 @@ def proportional_scale(score: Tensor, rate: Tensor, target: Tensor, least: float
         else:
             high = middle
     return float(2.0**high)
+
+
+def _sums_by(place: Tensor, weight: Tensor, places: int) -> Tensor:
+    """float64 ``[places]``; also on a rank that has nothing, where bincount gives int64 whatever the weights are."""
+    return torch.bincount(place, weights=weight, minlength=places).double()
 
 
 def duty_cycles(score: Tensor, rate: Tensor, target: Tensor, min_duty: float, total: Total) -> Tensor:
@@ -95,7 +94,7 @@ def quantile_threshold(score: Tensor, rate: Tensor, target: Tensor, total: Total
     for shift in (24, 16, 8, 0):
         inside = (keys >> (shift + 8)) == prefix
         digit = (keys[inside] >> shift) & 255
-        mass = total(torch.bincount(digit, weights=weight[inside], minlength=256)).cpu()
+        mass = total(_sums_by(digit, weight[inside], 256)).cpu()
         upto = mass.cumsum(0) + below
         # The first digit whose rows would not fit any more; where all fit, the last.
         chosen = int((upto <= float(target)).sum().clamp(max=255))

@@ -185,32 +185,36 @@ class TrackedTbe:
     # ------------------------------------------------------------------------------------------- its state
 
     def state(self) -> dict[str, dict[str, Tensor]]:
+        saved = {key: {name: value.clone() for name, value in part.items()} for key, part in self._parts().items()}
+        for shard in self.filter.shards:
+            saved[shard.key]["pool.rows"] -= shard.row_begin
+        return saved
+
+    def _parts(self) -> dict[str, dict[str, Tensor]]:
+        """What is saved, by shard: views of what is large. The pool's rows are still those of the TBE."""
         bounds = self.pool.bounds(self.shard_begins)
         one = self.filter
-        saved = {}
+        parts = {}
         none = torch.empty(0, device=one.device)
         for i, shard in enumerate(one.shards):
             rows = shard.slots
             features = self._feature_table == i
-            saved[shard.key] = {
-                "touches": one.touches[rows].clone(),
-                "patterns": one.patterns[rows].clone(),
+            parts[shard.key] = {
+                "touches": one.touches[rows],
+                "patterns": one.patterns[rows],
                 "lookups": one.lookups[features],
                 "skipped": one.skipped[features],
-                "table_rate": self.table_rate[i].clone(),
-                "table_seen": self._table_seen[i].clone(),
+                "table_rate": self.table_rate[i],
+                "table_seen": self._table_seen[i],
                 # What the coming decision has seen of the gradients; with the first shard, as they are the TBE's.
                 "magnitudes": torch.cat([none, *(one.magnitudes if i == 0 else [])]),
-                **{
-                    f"pool.{name}": value
-                    for name, value in self.pool.state_of(bounds[i], bounds[i + 1], i, shard.row_begin).items()
-                },
+                **{f"pool.{name}": value for name, value in self.pool.part(bounds[i], bounds[i + 1], i).items()},
             }
-        return saved
+        return parts
 
     def check(self, shards: dict[str, dict[str, Tensor]]) -> None:
         """Raise StateError unless the saved shards fit this TBE's."""
-        expected = self.state()
+        expected = self._parts()
         for shard, columns in zip(self.filter.shards, self.pool.snapshots, strict=True):
             saved, mine = shards[shard.key], expected[shard.key]
             if missing := sorted(mine.keys() - saved.keys()):
@@ -244,8 +248,9 @@ class TrackedTbe:
             features = self._feature_table == i
             one.touches[rows] = part["touches"]
             one.patterns[rows] = part["patterns"]
-            one.lookups[features] = part["lookups"]
-            one.skipped[features] = part["skipped"]
+            # An index of bools wants its values on its own device, unlike the slices round it.
+            one.lookups[features] = part["lookups"].to(one.device)
+            one.skipped[features] = part["skipped"].to(one.device)
             self.table_rate[i] = part["table_rate"]
             self._table_seen[i] = part["table_seen"]
         for name in ("rows", "seen", "rate", "updates", "duty", "score", "thawed", "state"):

@@ -19,6 +19,7 @@ from torchrec_slipstream.config import StalenessConfig
 from torchrec_slipstream.errors import StateError
 from torchrec_slipstream.report.octaves import Octaves
 from torchrec_slipstream.report.report import Decision
+from torchrec_slipstream.report.thinning import thin
 from torchrec_slipstream.staleness import selection
 from torchrec_slipstream.staleness.tracked_tbe import TrackedTbe
 from torchrec_slipstream.tbe import Sampling, UpdateFilter
@@ -135,6 +136,7 @@ class StalenessTracker:
                 seconds=time.perf_counter() - began,
             )
         )
+        thin(self.decisions, Decision.join)
 
     def _global_sums(self) -> Tensor:
         """float64 ``[3]`` over all ranks: look-ups an interval, look-ups seen, look-ups left out."""
@@ -245,6 +247,7 @@ class StalenessTracker:
         """
         self.check(state)
         self.steps, self._intervals, self._baseline, sampling, self.decisions = _progress(state)
+        self.seconds = 0.0  # a report is of the time since
         for tbe in self._tbes:
             tbe.load(state["shards"])
             tbe.filter.sampling = sampling

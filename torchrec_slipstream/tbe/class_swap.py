@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrec_slipstream.errors import AttachError, LookupRangeError
-from torchrec_slipstream.tbe.finding import TBE, Attached
+from torchrec_slipstream.tbe.finding import ATTACHED_ALREADY, TBE, Attached, modules_of
 from torchrec_slipstream.tbe.part import Call
 from torchrec_slipstream.tbe.preparing import bounds_unchecked, without_hot
 from torchrec_slipstream.tbe.versions import MORE_ARGUMENTS
@@ -113,7 +113,7 @@ _CLASSES: dict[type, type] = {}
 def swap_in(tbe: TBE, update_filter: UpdateFilter) -> None:
     """Let the TBE's forward go through the filter. Raises AttachError if one is attached already."""
     if isinstance(tbe, Attached):
-        raise AttachError("a Slipstream session is attached to this TBE already; detach() it first")
+        raise AttachError(ATTACHED_ALREADY)
     stock = type(tbe)
     if stock not in _CLASSES:
         _CLASSES[stock] = type(f"Slipstream{stock.__name__}", (_FilteredTbe, stock), {"__module__": __name__})
@@ -126,6 +126,25 @@ def swap_out(tbe: TBE) -> None:
     if isinstance(tbe, Attached):
         tbe.__class__ = type(tbe).__bases__[1]
         del tbe.__dict__["_slipstream"]
+
+
+def detach(model: nn.Module) -> None:
+    """Make a model stock again, whoever attached to it: ``Slipstream.detach()`` of every session on a table of it.
+
+    For a model whose session object nobody has any more: nothing else can detach it. A stock model stays as it is. A
+    session that is attached to more than ``model`` is detached from all of it.
+
+    Args:
+        model: as it was attached to, or any module tree with it in it.
+
+    Raises:
+        AttachError: ``model`` is no module.
+        StateError: as ``Slipstream.detach()``. The session concerned is still attached.
+    """
+    for _, module in list(modules_of(model)):
+        if isinstance(module, _FilteredTbe):  # still, as a session takes all its TBEs with it
+            one = module._slipstream
+            (one.end_session or one.detach)()
 
 
 def _out_of_range(

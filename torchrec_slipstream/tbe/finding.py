@@ -36,8 +36,19 @@ _WHY_REFUSED = {
 }
 
 
+# After what was found wrong, where it helps.
+_SHARD_FUSED = "Shard such tables with a fused compute kernel, or leave them alone with exclude_tables=(...)."
+_LEAVE_ALONE = "Leave such tables alone with exclude_tables=(...)."
+
+
 class Attached:
     """Marks the class of a TBE that a session is attached to."""
+
+
+ATTACHED_ALREADY = (
+    "a Slipstream session is attached already; detach() it first, or call torchrec_slipstream.detach(model) if nobody "
+    "has the session any more"
+)
 
 
 @dataclass(frozen=True)
@@ -113,13 +124,14 @@ def find_tbes(
     filter alone cannot follow.
 
     Raises:
-        AttachError: no TBE at all; a table without a fused update (data parallel, dense, key-value); an optimizer
-            for which a skipped update would be wrong; a TBE that is attached already; a name in
-            ``exclude_tables`` or ``sketch_tables`` that is not in the model; a version of FBGEMM or TorchRec that
+        AttachError: no module, or one without any TBE; a table without a fused update (data parallel, dense,
+            key-value); an optimizer for which a skipped update would be wrong; a TBE that is attached already; a name
+            in ``exclude_tables`` or ``sketch_tables`` that is not in the model; a version of FBGEMM or TorchRec that
             lacks something this room relies on (``versions.py``).
     """
     found: list[FoundTbe] = []
     problems: list[str] = []
+    remedies: list[str] = []
     names: set[str] = set()
     owned: set[int] = set()
     collections: dict[str, nn.Module] = {}
@@ -149,20 +161,19 @@ def find_tbes(
         names |= tables
         if tables <= exclude_tables:
             continue
-        why = _why_not(tbe, skips=skips)
-        if why is not None:
+        if (refused := _why_not(tbe, skips=skips)) is not None:
+            why, remedy = refused
             problems.append(f"table(s) {', '.join(sorted(tables))}: {why}")
+            remedies += [remedy] if remedy and remedy not in remedies else []
         else:
             found.append(FoundTbe(tbe, shards, owner, optimizer))
     for option, given in (("exclude_tables", exclude_tables), ("sketch_tables", sketch_tables)):
         if unknown := given - names:
             problems.append(f"{option} names {sorted(unknown)}, which the model does not have; it has {sorted(names)}")
     if problems:
-        raise AttachError(
-            "cannot attach to this model:\n  "
-            + "\n  ".join(problems)
-            + "\nShard such tables with a fused compute kernel, or leave them alone with exclude_tables=(...)."
-        )
+        if _SHARD_FUSED in remedies:
+            remedies = [_SHARD_FUSED]  # which has the other in it
+        raise AttachError("\n".join(["cannot attach to this model:", *(f"  {one}" for one in problems), *remedies]))
     if not found and not names:
         raise AttachError(
             f"{type(model).__name__} contains no table-batched embedding. Shard its embedding collections first "
@@ -184,7 +195,13 @@ def process_group_of(model: nn.Module) -> dist.ProcessGroup | None:
 
 
 def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``named_modules`` which also looks into plain lists: sharded modules keep their look-ups in one."""
+    """``named_modules`` which also looks into plain lists: sharded modules keep their look-ups in one.
+
+    Raises:
+        AttachError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise AttachError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
     return _walk(model, "", set())
 
 
@@ -244,28 +261,33 @@ def shards_of_bare(tbe: nn.Module, path: str) -> tuple[TableShard, ...]:
     return tuple(shards)
 
 
-def _why_not(tbe: nn.Module, *, skips: bool) -> str | None:
-    """Why this TBE's updates cannot be filtered, or None if they can. AttachError: its version lacks something."""
+def _why_not(tbe: nn.Module, *, skips: bool) -> tuple[str, str] | None:
+    """Why this TBE's updates cannot be filtered, and what helps if that does not say so ("" if it does); None if they
+    can. AttachError: its version lacks something."""
     if isinstance(tbe, Attached):
-        return "a Slipstream session is attached already; detach() it first"
+        return ATTACHED_ALREADY, ""
     if isinstance(tbe, DenseTableBatchedEmbeddingBagsCodegen):
-        return "it is dense or data parallel, its update is not fused into FBGEMM's backward"
+        return "it is dense or data parallel, its update is not fused into FBGEMM's backward", _SHARD_FUSED
     if not isinstance(tbe, SplitTableBatchedEmbeddingBagsCodegen):
-        return f"{type(tbe).__name__} is not FBGEMM's SplitTableBatchedEmbeddingBagsCodegen"
+        return f"{type(tbe).__name__} is not FBGEMM's SplitTableBatchedEmbeddingBagsCodegen", _SHARD_FUSED
     check_tbe(tbe)
     if (why := _WHY_REFUSED.get(tbe.optimizer)) is not None:
-        return f"optimizer {tbe.optimizer} cannot be filtered: {why}"
+        return f"optimizer {tbe.optimizer} cannot be filtered: {why}", _LEAVE_ALONE
     # FBGEMM's hook before the backward overwrites lxu_cache_locations with those of the batch's *distinct* rows, sorted
     # (_update_cache_counter_and_locations), and the kernels take them by the run of a row (use_uniq_cache_locations in
     # embedding_backward_split_template.cu). Cut down look-up by look-up they would name other rows' cache slots.
     if skips and tbe.use_uniq_cache_locations_bwd and int(tbe.total_cache_hash_size) > 0:
         return (
             "prefetch_pipeline=True on a UVM-cached table orders cache locations in a way the filter cannot follow; "
-            "counting and hot rows work with StalenessConfig(target_share=0)"
+            "counting and hot rows work with StalenessConfig(target_share=0)",
+            _LEAVE_ALONE,
         )
     # Both keep a count of every row's updates and decay rows by it: a popular row left out would look rare.
     if tbe._used_rowwise_adagrad_with_counter:
-        return "counter-based regularisation counts updates a row; left-out ones would make a row look rare"
+        return (
+            "counter-based regularisation counts updates a row; left-out ones would make a row look rare",
+            _LEAVE_ALONE,
+        )
     if tbe._used_rowwise_adagrad_with_global_weight_decay:
-        return "global weight decay moves rows that are not updated, so a stale row would still move"
+        return "global weight decay moves rows that are not updated, so a stale row would still move", _LEAVE_ALONE
     return None

@@ -37,11 +37,17 @@ class RowSpace:
         self._feature_factor = None if all(counted) else torch.tensor(counted, device=device).long()
 
     def of_lookups(self, indices: Tensor, lengths: Tensor) -> Tensor:
-        """int64 ``[N]``, the numbers of the rows ``indices`` (``[N]``, local); ``lengths`` ``[features]`` of them."""
+        """int64 ``[N]``, the numbers of the rows ``indices`` (``[N]``, local); ``lengths`` ``[features]`` of them.
+
+        On a GPU a pruned look-up (-1) has the number of its table's first row, so that no other table's is meant.
+        """
         if self._feature_factor is None and _are_alike(lengths):
             # In numpy, whose calls cost a CPU half of torch's.
             by_feature = indices.numpy().reshape(lengths.numel(), -1)
             return torch.from_numpy((by_feature + self._feature_begin.numpy()[:, None]).reshape(-1))
+        if indices.device.type != "cpu":
+            # FBGEMM's bounds check lets -1 pass, for a pruned row; its CPU kernels refuse that.
+            indices = indices.clamp(min=0)
         numbers = torch.repeat_interleave(self._feature_begin, lengths, output_size=indices.numel())
         if self._feature_factor is None:
             numbers += indices

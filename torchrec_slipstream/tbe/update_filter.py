@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -54,6 +55,7 @@ class UpdateFilter(LookupCounter):
         overlay: where hot rows are; None: the TBE has all rows itself. Set it before :meth:`attach`.
         deferred: while the updates of micro-batches are put off: what keeps their look-ups and gradients.
         skipped: int64 ``[features]``, look-ups whose update was left out.
+        end_session: while attached: detaches all of the session that this filter is of. None: it is alone.
     """
 
     def __init__(self, found: FoundTbe, *, fades: bool = False) -> None:
@@ -71,10 +73,13 @@ class UpdateFilter(LookupCounter):
         self.overlay: Overlay | None = None
         self.deferred: Deferral | None = None
         self._rows = BackingRows(self.tbe)
+        self.end_session: Callable[[], None] | None = None
+        self._compiled = self._warned = False  # a training forward was traced; and that was said
 
-    def attach(self) -> None:
+    def attach(self, end_session: Callable[[], None] | None = None) -> None:
         """Make the TBE use this filter from its next forward on."""
         swap_in(self.tbe, self)
+        self.end_session = end_session
 
     def detach(self) -> None:
         """Make the TBE stock again, all rows in it. A backward that is still to come keeps what its forward decided.
@@ -84,6 +89,7 @@ class UpdateFilter(LookupCounter):
         if self.overlay is not None:
             self.overlay.release(for_good=True)
         swap_out(self.tbe)
+        self.end_session = None  # or it would keep the session for as long as the collector likes
 
     def set_patterns(self, rows: Tensor, patterns: Tensor) -> None:
         """Give ``rows`` (int64 ``[n]``, distinct) their ``patterns``: uint8 ``[n]``, or ``[]``, one for all of them.
@@ -135,6 +141,19 @@ class UpdateFilter(LookupCounter):
         """Whether FBGEMM copies rows that are looked up into a cache of its own, and others out of it."""
         return bool(self.tbe.lxu_cache_weights.numel() > 0)
 
+    def warn_if_compiled(self) -> None:
+        """Warn, once, if a training forward was traced by torch.compile: it ran stock. Call from the session's step,
+        which the user calls."""
+        if self._compiled and not self._warned:
+            self._warned = True
+            tables = ", ".join(sorted({shard.table for shard in self.shards}))
+            warnings.warn(
+                f"table(s) {tables}: torch.compile has traced the look-ups, which are therefore neither counted nor is "
+                "any update of theirs left out. Compile the dense part of the model only, or decorate the method that "
+                "calls the embeddings with torch.compiler.disable",
+                stacklevel=3,
+            )
+
     # ----------------------------------------------------------------------------------------- one forward
 
     def forward(self, stock: Callable[..., Tensor], call: Call) -> Tensor:
@@ -145,6 +164,8 @@ class UpdateFilter(LookupCounter):
         if torch.compiler.is_compiling():
             if self.overlay is not None:
                 raise RuntimeError("torch.compile cannot trace a TBE with hot rows; detach() first, or compile less")
+            if training:
+                self._compiled = True  # a warning cannot be traced: warn_if_compiled gives it
             return call.run(stock)
         if call.indices.numel() == 0 or (not training and self.overlay is None):
             output = call.run(stock)
