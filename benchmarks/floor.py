@@ -33,7 +33,7 @@ from torch import Tensor
 
 from benchmarks import harness
 from benchmarks.harness import Row, Timing, interleaved
-from torchrec_slipstream.placement.calibration import processor
+from torchrec_slipstream.installed import processor
 from torchrec_slipstream.tbe.memory import optimizer_state
 from torchrec_slipstream.tbe.uvm import managed_rows
 

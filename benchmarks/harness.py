@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from torchrec_slipstream.placement.calibration import processor
+from torchrec_slipstream.installed import processor
 
 ROOT = Path(__file__).resolve().parent.parent
 CSV = ROOT / "benchmarks" / "data" / "all_benchmark_data.csv"

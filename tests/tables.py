@@ -14,10 +14,10 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import Tensor, nn
 
-from torchrec_slipstream.staleness.selection import ALWAYS_LIVE
 from torchrec_slipstream.tbe import UpdateFilter, find_tbes
 from torchrec_slipstream.tbe.compaction import positions_of
 from torchrec_slipstream.tbe.overlay import Overlay
+from torchrec_slipstream.tbe.update_filter import ALWAYS_LIVE
 
 TBE = SplitTableBatchedEmbeddingBagsCodegen
 

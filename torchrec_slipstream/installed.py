@@ -1,15 +1,17 @@
-"""Which torch, FBGEMM and TorchRec are installed, and which this package is made for.
+"""Which torch, FBGEMM and TorchRec are installed, which this package is made for, and on what processor.
 
 Imports none of them: it has to say what is installed where they do not load.
 """
 
 from __future__ import annotations
 
+import platform
 import re
 import warnings
 from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 
 # The oldest and the newest of each whose internals were read; the README says which of them the tests have run on.
 SUPPORTED = {
@@ -73,6 +75,16 @@ def warn_if_outside() -> None:
             f"{', '.join(outside)}: torchrec_slipstream finds all that it uses there, but it was not made for it",
             stacklevel=2,
         )
+
+
+def processor() -> str:
+    """The model of this machine's processor, or what is known of it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
 
 
 def _release(version: str) -> tuple[int, int] | None:

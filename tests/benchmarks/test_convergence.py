@@ -15,7 +15,7 @@ from benchmarks import convergence
 from benchmarks.controls import PROVIDERS, RandomLookups, attach_provider
 from tests.tables import make_lookups, make_tbe, table_states
 from torchrec_slipstream import AccessConfig, Slipstream, SlipstreamConfig, StalenessConfig
-from torchrec_slipstream.staleness.selection import ALWAYS_LIVE
+from torchrec_slipstream.tbe.update_filter import ALWAYS_LIVE
 
 TINY = ["--samples", "4000", "--rows-per-table", "100", "--batch-size", "50", "--embedding-dim", "8", "--interval", "8"]
 KEYS = {"auc_delta", "auc_delta_sd", "logloss_delta", "logloss_delta_sd", "measured_share", "tracker_share"}

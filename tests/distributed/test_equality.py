@@ -12,7 +12,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from tests.distributed.ranks import run_ranks
 from tests.models import TwoCollections, batches_for, sharded
 from torchrec_slipstream import AccessConfig, AttachError, Slipstream, SlipstreamConfig, StalenessConfig
-from torchrec_slipstream.staleness.selection import ALWAYS_LIVE
+from torchrec_slipstream.tbe.update_filter import ALWAYS_LIVE
 
 pytestmark = pytest.mark.slow  # every test starts processes
 

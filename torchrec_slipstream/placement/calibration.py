@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -25,6 +24,7 @@ from torch import Tensor
 from torchrec.distributed.planner import Topology
 
 from torchrec_slipstream.errors import ConfigError
+from torchrec_slipstream.installed import processor
 from torchrec_slipstream.tbe.uvm import managed_rows
 from torchrec_slipstream.writing import whole_file
 
@@ -261,13 +261,3 @@ def _cache_bytes(device: torch.device) -> int:
         return max(level_2, os.sysconf("SC_LEVEL3_CACHE_SIZE"))
     except (ValueError, OSError):  # not a name on this system
         return level_2
-
-
-def processor() -> str:
-    """The model of this machine's processor, or what is known of it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"

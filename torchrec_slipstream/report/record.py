@@ -31,8 +31,7 @@ from typing import Any
 import torch
 
 from torchrec_slipstream.errors import ConfigError
-from torchrec_slipstream.installed import installed
-from torchrec_slipstream.placement.calibration import processor
+from torchrec_slipstream.installed import installed, processor
 from torchrec_slipstream.report.report import Report
 from torchrec_slipstream.writing import whole_file
 

@@ -156,7 +156,6 @@ def cap_duty(duty: Tensor, rate: Tensor, table: Tensor, table_rate: Tensor, max_
 
 PHASES = 8
 """Steps in a pattern: bit k of a row's byte says whether the row is live in steps k, k + 8, k + 16 ..."""
-ALWAYS_LIVE = 255
 _GOLDEN = 0.6180339887498949
 
 

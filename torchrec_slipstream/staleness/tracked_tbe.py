@@ -15,6 +15,7 @@ from torchrec_slipstream.staleness.pool import RowPool
 from torchrec_slipstream.staleness.signals import SIGNALS, RowView, Signal
 from torchrec_slipstream.tbe import Sampling, UpdateFilter
 from torchrec_slipstream.tbe.compaction import positions_of
+from torchrec_slipstream.tbe.update_filter import ALWAYS_LIVE
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -262,7 +263,7 @@ class TrackedTbe:
         self.pool = pool
         one.counts.loaded()
         one.magnitudes = [parts[0]["magnitudes"].to(one.device)] if parts[0]["magnitudes"].numel() else []
-        one.any_stale = bool((one.patterns != selection.ALWAYS_LIVE).any())
+        one.any_stale = bool((one.patterns != ALWAYS_LIVE).any())
 
 
 def _signal_for(update_filter: UpdateFilter, config: StalenessConfig) -> Signal | None:

@@ -40,7 +40,11 @@ def checked_call(counter: LookupCounter, call: Call, *, prefetches: bool = False
 
 
 def _check_range(tbe: TBE, batch: CheckedBatch) -> None:
-    """Refuse what FBGEMM's CPU kernels would: -1, and any row where the bounds check is off. They will see slots."""
+    """Refuse what FBGEMM's CPU kernels would: -1, and any row where the bounds check is off. They will see slots.
+
+    On a GPU nothing refuses -1, as waiting for the answer would stall: RowSpace takes it for its table's first row,
+    where stock reads out of bounds.
+    """
     rows = torch.repeat_interleave(tbe.rows_per_table, batch.bounds.diff(), output_size=batch.indices.numel())
     if bool(((batch.indices < 0) | (batch.indices >= rows)).any()):
         raise RuntimeError("a look-up is out of its table's range")

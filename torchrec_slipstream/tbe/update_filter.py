@@ -13,7 +13,6 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from torch import Tensor
 
-from torchrec_slipstream.staleness.selection import ALWAYS_LIVE
 from torchrec_slipstream.tbe import sampling
 from torchrec_slipstream.tbe.backing import BackingRows
 from torchrec_slipstream.tbe.backward import prehook
@@ -28,6 +27,9 @@ from torchrec_slipstream.tbe.sampling import Layout
 
 if TYPE_CHECKING:
     from torchrec_slipstream.tbe.deferred import Deferral
+
+ALWAYS_LIVE = 255
+"""The pattern of a row that is live in every step."""
 
 
 @dataclass(frozen=True)
