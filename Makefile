@@ -82,7 +82,7 @@ test-versions: venv  ## run the tests on each torchrec that is supported (ten mi
 	    $(if $(ENVIRONMENTS),--environments $(ENVIRONMENTS)) \
 	    --make "TORCH_INDEX=$(TORCH_INDEX)" "PIP_FLAGS=$(PIP_FLAGS)"
 
-bench: venv  ## run every benchmark that a laptop can (some 20 minutes)
+bench: venv  ## run every benchmark that a laptop can (a quarter of an hour)
 	@failed=; while read -r question; do \
 	    echo "=== python -m benchmarks.$$question ($$SECONDS s so far)"; \
 	    $(PY) -W ignore -m benchmarks.$$question </dev/null || failed="$$failed $${question%% *}"; \
