@@ -61,7 +61,9 @@ def config_of(provider: str, sizes: Sizes, hot: float) -> SlipstreamConfig:
     """The session's configuration."""
     selection: dict[str, Any] = {"selection": "threshold", "signal": "movement"} if provider == "ours_movement" else {}
     share = 0.5 if provider in ("ours", "ours_movement") else 0.0
-    staleness = StalenessConfig(target_share=share, warmup_steps=0, interval=_STEPS, min_touches=1, **selection)
+    staleness = StalenessConfig(
+        target_share=share, where="everywhere", warmup_steps=0, interval=_STEPS, min_touches=1, **selection
+    )
     access = AccessConfig(
         counter="sketch" if provider == "ours_sketch" else "exact",
         half_life=_STEPS if provider == "ours_half_life" else None,

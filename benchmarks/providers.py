@@ -7,11 +7,13 @@
 ``torchrec_uvm``            the same with FUSED_UVM
 ``torchrec_uvm_caching_*``  the same with FUSED_UVM_CACHING, LRU or LFU, a load factor of the budget
 ``ours_counting``           torchrec_fused under a session that counts and leaves nothing out
-``ours``                    its defaults but for a short warm-up: half of the look-ups' updates left out
-``ours_tail``               the same, rare rows first (``tail_share`` 0.75)
+``ours``                    its defaults but for a short warm-up: half of the look-ups' updates left out, where that
+                            saves time
+``ours_everywhere``         the same whether it does or not
+``ours_tail``               as ``ours``, rare rows first (``tail_share`` 0.75)
 ``random_lookups``          the control: half of the look-ups' updates left out blindly
 ``ours_hot_rows``           hot rows in an overlay, re-planned; nothing left out
-``ours_all``                both
+``ours_all``                hot rows, and half of the updates left out, whether it saves time or not
 ``fae``                     pure hot and cold batches (arXiv 2103.00686), all tables where stock has them; all is sorted
                             in the first step, a warm-up's, and not in the times
 ``hotline``                 a popular and a non-popular micro-batch a step (arXiv 2204.05436), likewise
@@ -24,6 +26,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -269,17 +272,17 @@ class _Kernel:
         return CacheParams(algorithm=self.algorithm, load_factor=self.load_factor)
 
 
-def _skipping(configuration: Configuration, tail_share: float = 0.0, target_share: float = 0.5) -> SlipstreamConfig:
+def _skipping(configuration: Configuration, **staleness: Any) -> SlipstreamConfig:
     return SlipstreamConfig(
-        staleness=StalenessConfig(
-            target_share=target_share, tail_share=tail_share, warmup_steps=WARMUP_STEPS, interval=WARMUP_STEPS
-        )
+        staleness=StalenessConfig(warmup_steps=WARMUP_STEPS, interval=WARMUP_STEPS, **staleness)
     )
 
 
 def _hot_rows(configuration: Configuration, target_share: float) -> SlipstreamConfig:
     return SlipstreamConfig(
-        staleness=StalenessConfig(target_share=target_share, warmup_steps=WARMUP_STEPS, interval=WARMUP_STEPS),
+        staleness=StalenessConfig(
+            target_share=target_share, where="everywhere", warmup_steps=WARMUP_STEPS, interval=WARMUP_STEPS
+        ),
         access=AccessConfig(counter="exact"),
         placement=PlacementConfig(
             hbm_budget=int(HBM_BUDGET * configuration.table_bytes) + 4 * sum(configuration.table_rows),
@@ -300,6 +303,7 @@ _KERNELS = {
 _SESSIONS: dict[str, Callable[[Configuration], SlipstreamConfig]] = {
     "ours_counting": partial(_skipping, target_share=0.0),
     "ours": _skipping,
+    "ours_everywhere": partial(_skipping, where="everywhere"),
     "ours_tail": partial(_skipping, tail_share=0.75),
     "random_lookups": _skipping,
     "ours_hot_rows": partial(_hot_rows, target_share=0.0),

@@ -78,7 +78,9 @@ class Trainee:
         )
         self.session = None
         if share is not None:
-            staleness = StalenessConfig(target_share=share, warmup_steps=_INTERVAL, interval=_INTERVAL)
+            staleness = StalenessConfig(
+                target_share=share, where="everywhere", warmup_steps=_INTERVAL, interval=_INTERVAL
+            )
             self.session = Slipstream(self.model, SlipstreamConfig(staleness=staleness))
 
     def step(self, number: int) -> None:

@@ -10,7 +10,7 @@ weights on equal batches of synthetic traffic, turn by turn. The JSON, by config
 ``ms``              the median step, session's step() included; ``mean_speedup`` is of means, which see the decisions.
 ``samples_per_second``  by the median step.
 ``auc``, ``log_loss``  of held-out samples after all steps; few steps, so these only compare.
-``skipped_share``   of look-ups since skipping began, as of the last decision.
+``skipped_share``   of the look-ups in the measured rounds, those whose update was left out.
 ``not_run``         (beside the configurations) which providers this machine cannot run, and why.
 """
 
@@ -41,9 +41,12 @@ def evaluate(provider: Provider, test: Batch, device: torch.device) -> dict[str,
     return {name: value for name, value in evaluation.compute().items() if name in ("auc", "log_loss")}
 
 
-def skipped_share(provider: Provider) -> float:
-    """Of the look-ups since skipping began, as of the last decision; 0 without a session."""
-    return provider.session.report().measured_share if provider.session is not None else 0.0
+def counted(provider: Provider) -> tuple[int, int]:
+    """Look-ups so far, and those whose update was left out; none without a session."""
+    if provider.session is None:
+        return 0, 0
+    total = provider.session.report().total
+    return total.lookups, total.skipped
 
 
 def measure(
@@ -55,12 +58,19 @@ def measure(
     batches, test = make_batches(configuration, args.warmup + args.rounds, args.test, seed=args.seed)
     setting = Setting(configuration, batches, args.seed, device)
     providers = {name: build(name, setting) for name in names}
+    before: dict[str, tuple[int, int]] = {}
+
+    def count(name: str, turn: int) -> None:
+        if turn == args.warmup:
+            before[name] = counted(providers[name])
+
     timings = interleaved(
         {name: lambda turn, step=provider.step: step() for name, provider in providers.items()},  # type: ignore[misc]
         args.rounds,
         args.warmup,
         device=args.device,
         title=configuration.name,
+        before=count,
     )
     stock = timings[STOCK]
     parameters = {
@@ -76,6 +86,7 @@ def measure(
     for name, timing in timings.items():
         # Round by round: what else the machine did then hit both.
         ratios = Timing(tuple(a / b for a, b in zip(stock.samples, timing.samples, strict=True)))
+        lookups, skipped = (now - then for now, then in zip(counted(providers[name]), before[name], strict=True))
         results[name] = {
             "speedup": ratios.p50,
             "speedup_p20": ratios.p20,
@@ -83,7 +94,7 @@ def measure(
             "mean_speedup": stock.mean / timing.mean,
             "ms": 1e3 * timing.p50,
             "samples_per_second": configuration.batch / timing.p50,
-            "skipped_share": skipped_share(providers[name]),
+            "skipped_share": skipped / max(1, lookups),
             **evaluate(providers[name], test, device),
         }
         samples = tuple(1e3 * one for one in timing.samples)
@@ -115,7 +126,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-rows", type=int, default=200_000, help="larger tables are hashed to as many rows")
     parser.add_argument("--batch", type=int, help="samples a step (default: the configuration's)")
     parser.add_argument("--rounds", type=int, default=25, help="measured rounds")
-    parser.add_argument("--warmup", type=int, default=77, help="rounds thrown away; skipping begins within them")
+    parser.add_argument("--warmup", type=int, default=135, help="rounds thrown away; skipping begins, and is tried")
     parser.add_argument("--test", type=int, default=65_536, help="held-out samples")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

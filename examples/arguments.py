@@ -20,8 +20,9 @@ from torchrec_slipstream import (
 from torchrec_slipstream.budget import parse_bytes
 from torchrec_slipstream.config import SELECTIONS, SIGNALS
 
-# What can be left out of the fused update, in the order in which --compare runs them.
-SKIP_MODES = ("off", "rows")
+# What can be left out of the fused update, in the order in which --compare runs them: none; those of stale rows, where
+# that saves time; or wherever there are any.
+SKIP_MODES = ("off", "rows", "everywhere")
 # The methods of InputsConfig that drop samples.
 DROPPING = ("off", "random", "negatives", "thinning", "slipstream")
 _STALENESS = StalenessConfig()
@@ -55,7 +56,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--evaluations", type=at_least(1), default=4, help="tests during the run, the last at its end")
     run.add_argument("--seed", type=at_least(0), default=0, help="of the weights, the order, and synthetic data")
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    run.add_argument("--skip", choices=SKIP_MODES, default="off", help="leave out the updates of stale rows, or none")
+    run.add_argument("--skip", choices=SKIP_MODES, default="off", help="stale rows' updates: rows, if it saves time")
     run.add_argument("--compare", action="store_true", help="run every --skip mode, one after the other")
     run.add_argument("--json", type=Path, metavar="FILE", help="write the results there, for `slipstream report`")
 
@@ -71,7 +72,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     inputs.add_argument("--drop-share", type=share, default=InputsConfig().drop_share, help="of all samples")
 
     # The rest of the knobs have their defaults; the config classes of torchrec_slipstream document them all.
-    stale = parser.add_argument_group("staleness (with --skip rows)")
+    stale = parser.add_argument_group("staleness (with --skip)")
     stale.add_argument("--skip-share", type=share, default=_STALENESS.target_share, help="of look-ups, after warm-up")
     stale.add_argument("--warmup-steps", type=at_least(0), help="before skipping begins (a quarter of the run)")
     stale.add_argument("--interval", type=at_least(1), default=_STALENESS.interval, help="steps between decisions")
@@ -91,9 +92,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def session_config(args: argparse.Namespace, steps: int, hbm_budget: int | None = None) -> SlipstreamConfig:
     """The arguments as a SlipstreamConfig for a run of `steps`. Raises ConfigError for values that it refuses."""
     staleness = StalenessConfig(
-        target_share=args.skip_share if args.skip == "rows" else 0.0,
+        target_share=args.skip_share if args.skip != "off" else 0.0,
         warmup_steps=steps // 4 if args.warmup_steps is None else args.warmup_steps,
         interval=args.interval,
+        where="everywhere" if args.skip == "everywhere" else "faster",
         min_probability=args.min_probability,
         tail_share=args.tail_share,
         signal=args.signal,

@@ -30,9 +30,9 @@ def show(runs: dict[str, Run]) -> str:
         f"{first['train_samples']:,} training and {first['test_samples']:,} test samples of {first['data']}, "
         f"{first['rows']:,} rows x {first['embedding_dim']}, {first['world_size']} rank(s) on {first['device']}",
         "",
-        f"{'':22}" + "".join(f"{'skip ' + mode:>14}" for mode in runs),
+        f"{'':22}" + "".join(f"{'skip ' + mode:>16}" for mode in runs),
     ]
-    out += [f"{name:22}" + "".join(f"{value(run):>14}" for run in runs.values()) for name, value in lines.items()]
+    out += [f"{name:22}" + "".join(f"{value(run):>16}" for run in runs.values()) for name, value in lines.items()]
     if first["best_possible"]:
         best = first["best_possible"]
         out += ["", f"best possible on this data: AUC {best['auc']:.4f}, log-loss {best['log_loss']:.4f}"]

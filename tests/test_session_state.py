@@ -27,7 +27,7 @@ from torchrec_slipstream import (
 
 # All parts have something to say.
 FULL = SlipstreamConfig(
-    staleness=StalenessConfig(interval=2, warmup_steps=2, min_touches=1),
+    staleness=StalenessConfig(where="everywhere", interval=2, warmup_steps=2, min_touches=1),
     access=AccessConfig(counter="exact", half_life=4, sketch_tables=("table_1",)),
     placement=PlacementConfig(hbm_budget=4000, replan_every=2, record_every=2, max_stall_share=None),
     inputs=InputsConfig(method="negatives", drop_share=0.3),
@@ -151,7 +151,7 @@ def test_whatever_is_damaged_in_a_part_nothing_changes(part: str, value: Any, go
         ("inputs config drop_share", 0.2, r"another configuration: \['drop_share'\] differ"),
         ("inputs config fae", {"hot_bytes": None, "rate": 50.0}, r"\['fae.patience', 'fae.window'\] differ"),
         ("inputs config seed", ..., r"\['seed'\] differ"),
-        ("version", 4, "version 4, which does not say by which knobs inputs were chosen; this release reads version 5"),
+        ("version", 4, "version 4, which does not say by which knobs inputs were chosen; this release reads version 6"),
     ],
 )
 def test_what_is_wrong_is_said(path: str, value: Any, message: str, good: dict[str, Any]) -> None:
@@ -212,7 +212,7 @@ def test_truncated_state_changes_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("steps", "many"), ("baseline", [1]), ("sampling", [1.0]), ("decisions", [{"step": 3}]), ("intervals", None)],
+    [("steps", "many"), ("trial_left", [1]), ("sampling", [1.0]), ("decisions", [{"step": 3}]), ("intervals", None)],
 )
 def test_malformed_state_changes_nothing(key: str, value: object) -> None:
     tbe = make_tbe(ROWS, (8, 8))

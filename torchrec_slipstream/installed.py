@@ -83,8 +83,11 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    name = found.get("model name") or platform.processor() or "unknown"
+    # Virtual machines say no more than "AMD EPYC", of which the fastest is twice as fast as the slowest.
+    more = [f"{key} {found[key]}" for key in ("cpu family", "model") if found.get(key)]
+    return f"{name} ({', '.join(more)})" if more else name
 
 
 def _release(version: str) -> tuple[int, int] | None:

@@ -117,7 +117,9 @@ class Slipstream:
             for one in found
         ]
         self._counts = LiveCounts(self._filters, access)
-        self._tracker = StalenessTracker(self._filters, staleness, ranks.total, ranks.device, scale=access.scale)
+        self._tracker = StalenessTracker(
+            self._filters, staleness, ranks.total, ranks.device, scale=access.scale, rank=ranks.mine
+        )
         return HotRows(
             self._filters,
             self.config.placement,

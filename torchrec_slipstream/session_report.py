@@ -58,6 +58,7 @@ def report_of(
         config=json.loads(json.dumps(asdict(config))),  # tuples as lists: what a file gives back is the same
         spread=_spread(tracker, ranks),
         inputs=_inputs(inputs, model, ranks),
+        payoffs=[one for part in ranks.gather(tracker.payoffs()) for one in part],
     )
 
 

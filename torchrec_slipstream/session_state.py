@@ -10,14 +10,19 @@ from torch import Tensor
 
 from torchrec_slipstream.errors import StateError
 
-STATE_VERSION = 5
+STATE_VERSION = 6
 PARTS = ("staleness", "access", "placement", "inputs")
 
 # What states lack that are of a version below.
-_SINCE = {3: "which rows are hot", 4: "which inputs were read", STATE_VERSION: "by which knobs inputs were chosen"}
+_SINCE = {
+    3: "which rows are hot",
+    4: "which inputs were read",
+    5: "by which knobs inputs were chosen",
+    STATE_VERSION: "where leaving updates out pays",
+}
 # Of these parts, what is by shard, and what holds nothing but numbers.
 _BY_SHARD = {"staleness": ("shards",), "access": ("shards",), "placement": ("shards", "replanners")}
-_NUMBERS = {"staleness": ("baseline", "sampling", "decisions"), "access": (), "placement": ("replans", "points")}
+_NUMBERS = {"staleness": ("sampling", "decisions"), "access": (), "placement": ("replans", "points")}
 
 
 def check_whole(state: object) -> None:

@@ -20,7 +20,9 @@ from torchrec_slipstream.tbe.update_filter import ALWAYS_LIVE
 TINY = ["--samples", "4000", "--rows-per-table", "100", "--batch-size", "50", "--embedding-dim", "8", "--interval", "8"]
 KEYS = {"auc_delta", "auc_delta_sd", "logloss_delta", "logloss_delta_sd", "measured_share", "tracker_share"}
 # Every step is counted: from a sample of the steps, a row can be taken for trained that is not.
-STALENESS = StalenessConfig(target_share=0.4, warmup_steps=5, interval=4, min_touches=3, max_table_share=1.0)
+STALENESS = StalenessConfig(
+    where="everywhere", target_share=0.4, warmup_steps=5, interval=4, min_touches=3, max_table_share=1.0
+)
 CONFIG = SlipstreamConfig(staleness=STALENESS, access=AccessConfig(counter="exact"))
 
 

@@ -22,7 +22,7 @@ SHARDINGS = ["table_wise", "row_wise", "column_wise"]
 def config(**changes: Any) -> SlipstreamConfig:
     # Duty cycles: which rows are live in a step is known before it, so that it can be compared row by row.
     base: dict[str, Any] = {
-        "selection": "duty", "interval": 5, "warmup_steps": 10, "max_table_share": 1.0,
+        "where": "everywhere", "selection": "duty", "interval": 5, "warmup_steps": 10, "max_table_share": 1.0,
     }  # fmt: skip
     return SlipstreamConfig(staleness=StalenessConfig(**{**base, **changes}), access=AccessConfig(counter="exact"))
 

@@ -174,7 +174,7 @@ class Training:
         self.model = parallel(sharding, seed)
         dense = dict(in_backward_optimizer_filter(self.model.named_parameters()))
         self.optimizer = torch.optim.SGD(list(dense.values()), lr=0.1, momentum=0.9)
-        staleness = StalenessConfig(warmup_steps=4, interval=3, min_touches=1)
+        staleness = StalenessConfig(where="everywhere", warmup_steps=4, interval=3, min_touches=1)
         access = AccessConfig(counter="exact")
         self.slip = Slipstream(self.model, SlipstreamConfig(inputs=config, staleness=staleness, access=access))
         self.pipeline = TrainPipelineSparseDist(self.model, self.optimizer, torch.device("cpu"))

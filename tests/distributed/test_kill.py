@@ -41,7 +41,7 @@ PHASES = ("start", "load", "train", "move", "save", "end", "failed")
 
 def _config(ranks: int) -> SlipstreamConfig:
     return SlipstreamConfig(
-        staleness=StalenessConfig(target_share=0.3, warmup_steps=6, interval=4),
+        staleness=StalenessConfig(where="everywhere", target_share=0.3, warmup_steps=6, interval=4),
         access=AccessConfig(counter="exact"),
         # Small chunks, so that a move takes its time; no clock has a say in what moves.
         placement=PlacementConfig(

@@ -55,7 +55,13 @@ def train(model: nn.Module, session: Slipstream | None, steps: range, rank: int,
 def _stale(rank: int, selection: str, longest: int) -> dict[str, Any]:
     """Rows that move against rows that do not: what is left out may not depend on where a row is."""
     staleness = StalenessConfig(
-        target_share=0.5, selection=selection, interval=10, warmup_steps=20, min_touches=3, max_table_share=1.0
+        where="everywhere",
+        target_share=0.5,
+        selection=selection,
+        interval=10,
+        warmup_steps=20,
+        min_touches=3,
+        max_table_share=1.0,
     )
     config = SlipstreamConfig(staleness=staleness, access=AccessConfig(counter="exact"))
     runs = []

@@ -113,13 +113,13 @@ def test_compare_runs_every_mode_and_shows_them_side_by_side(
 ) -> None:
     main(quick("--compare", "--json", str(tmp_path / "all.json")))
     runs = json.loads((tmp_path / "all.json").read_text())
-    assert list(runs) == ["off", "rows"]
+    assert list(runs) == ["off", "rows", "everywhere"]
     assert all(run["skip"] == mode for mode, run in runs.items())
     printed = capsys.readouterr().out
     assert show(runs) in printed
-    assert "      skip off     skip rows\n" in printed
-    assert "look-ups skipped                none" in printed
-    tables = printed.split("skip rows:\n")[1].splitlines()
+    assert "      skip off       skip rows skip everywhere\n" in printed
+    assert "look-ups skipped                  none" in printed
+    tables = printed.split("skip everywhere:\n")[1].splitlines()
     for i in range(1, 27):
         assert sum(line.split()[0].endswith(f".t_C{i}") for line in tables if line.strip()) == 1
     assert sum(line.startswith("all tables") for line in tables) == 1
@@ -127,9 +127,9 @@ def test_compare_runs_every_mode_and_shows_them_side_by_side(
 
 def test_skipping_writes_its_report(tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
-    main(quick("--skip", "rows", "--warmup-steps", "6", "--interval", "3", "--json", str(out)))
+    main(quick("--skip", "everywhere", "--warmup-steps", "6", "--interval", "3", "--json", str(out)))
     result = json.loads(out.read_text())
-    assert result["skip"] == "rows"
+    assert result["skip"] == "everywhere"
     slipstream = result["slipstream"]
     assert slipstream["steps"] == result["steps"] == 32
     assert [d["step"] for d in slipstream["decisions"]] == list(range(6, 33, 3))
@@ -140,7 +140,7 @@ def test_skipping_writes_its_report(tmp_path: Path) -> None:
     assert 0 < skipped < lookups
     assert slipstream["skipped_share"] == pytest.approx(skipped / lookups)
     assert 0 < result["tracker_share"] < 1
-    assert str(Report.from_dict(slipstream)) in show({"rows": result})
+    assert str(Report.from_dict(slipstream)) in show({"everywhere": result})
 
 
 @pytest.mark.parametrize("method", ["random", "negatives", "thinning", "slipstream"])
@@ -175,7 +175,7 @@ def test_dropped_negatives_leave_the_predictions_right() -> None:
 @pytest.mark.slow
 def test_two_ranks_drop_inputs_in_lockstep(tmp_path: Path) -> None:
     out = tmp_path / "two.json"
-    arguments = [*SMALL, "--samples", "12000", "--batch-size", "32", "--inputs", "thinning", "--skip", "rows"]
+    arguments = [*SMALL, "--samples", "12000", "--batch-size", "32", "--inputs", "thinning", "--skip", "everywhere"]
     done = run([*arguments, "--json", str(out)], ranks=2, module=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
@@ -219,7 +219,7 @@ def test_two_ranks_report_alike(tmp_path: Path) -> None:
     )
     script = tmp_path / "reports.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}")
-    arguments = quick("--skip", "rows", "--warmup-steps", "4", "--interval", "2", "--sharding", "row_wise")
+    arguments = quick("--skip", "everywhere", "--warmup-steps", "4", "--interval", "2", "--sharding", "row_wise")
     done = run([str(tmp_path), *arguments], ranks=2, script=str(script))
     assert done.returncode == 0, done.stderr
     reports = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]

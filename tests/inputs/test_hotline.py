@@ -45,7 +45,9 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def skipping(selection: str) -> SlipstreamConfig:
-    staleness = StalenessConfig(selection=selection, interval=5, warmup_steps=10, max_table_share=1.0)
+    staleness = StalenessConfig(
+        where="everywhere", selection=selection, interval=5, warmup_steps=10, max_table_share=1.0
+    )
     return SlipstreamConfig(staleness=staleness, access=AccessConfig(counter="exact"))
 
 

@@ -43,7 +43,8 @@ NEGATIVES = InputsConfig(method="negatives", drop_share=0.3)
 
 def attach(inputs: InputsConfig, seed: int = 0) -> tuple[TBE, Slipstream]:
     tbe = make_tbe((2 * N, 2 * N), (4, 4), seed=seed)
-    config = SlipstreamConfig(inputs=inputs, staleness=StalenessConfig(warmup_steps=5, interval=5, min_touches=1))
+    staleness = StalenessConfig(where="everywhere", warmup_steps=5, interval=5, min_touches=1)
+    config = SlipstreamConfig(inputs=inputs, staleness=staleness)
     return tbe, Slipstream(tbe, config)
 
 

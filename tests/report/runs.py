@@ -33,7 +33,7 @@ def session_report(names: tuple[str, str] = ("users", "items"), **changes: objec
 def dlrm_run(*more: str) -> dict[str, Any]:
     """What a short run of train_dlrm.py writes with --json; hot rows planned and re-planned, updates left out."""
     small = "--rows-per-table 200 --embedding-dim 8 --dense-mlp 16 --over-mlp 16 --samples 4000 --batch-size 50"
-    rest = "--evaluations 3 --skip rows --interval 8 --warmup-steps 16 --device cpu --sharding table_wise"
+    rest = "--evaluations 3 --skip everywhere --interval 8 --warmup-steps 16 --device cpu --sharding table_wise"
     hot = "--placement planned --hbm-budget 25% --replan-every 8"
     with process_group(torch.device("cpu")):
         return train(parse_arguments([*f"{small} {rest} {hot}".split(), *more]))

@@ -59,16 +59,15 @@ def test_it_says_what_the_record_says(run: RunRecord, values: dict[str, Any]) ->
     last = run.history[-1]
     for name, title in (("auc", "AUC on the test samples"), ("log_loss", "Log-loss on the test samples")):
         assert f"{last[name]:.4f}" in found.text
-        assert found.said(title)[-2:] == [f"skip rows, step {last['step']}: {last[name]:.4g}", "best possible"]
+        assert found.said(title)[-2:] == [f"skip everywhere, step {last['step']}: {last[name]:.4g}", "best possible"]
     assert f"{report.measured_share:.1%} (50%)" in found.text
     assert f"{hot.total.hit_rate:.1%} ({hot.predicted_hit_rate:.1%})" in found.text
     step, rate = hot.hit_rates()[-1]
-    assert f"skip rows, step {step}: {svg.share(rate)}" in found.said("Hit rate over steps")
+    assert f"skip everywhere, step {step}: {svg.share(rate)}" in found.said("Hit rate over steps")
     assert any("planned" in said for said in found.said("Hit rate over steps"))
     one = report.decisions[-1]
-    assert (
-        found.said("Updates left out, over steps")[-2] == f"skip rows, step {one.step}: {svg.share(one.measured_share)}"
-    )
+    said = found.said("Updates left out, over steps")[-2]
+    assert said == f"skip everywhere, step {one.step}: {svg.share(one.measured_share)}"
     assert f"stale: all that may be, step {one.step}: {one.stale_rows:,}" in found.said("Stale rows over steps")
     for name, table in report.tables.items():
         short = name.rpartition(".")[2]
@@ -86,7 +85,7 @@ def test_it_says_what_the_record_says(run: RunRecord, values: dict[str, Any]) ->
             for said in told
         )
     for part in ("forward", "backward"):
-        assert f"skip rows: {part} {values['step_ms'][part]:.2f} ms" in found.said("A step's time by part")
+        assert f"skip everywhere: {part} {values['step_ms'][part]:.2f} ms" in found.said("A step's time by part")
     assert values["versions"]["torch"] in found.text
     assert "train samples\n3,200\n" in found.text
 
@@ -98,7 +97,7 @@ def test_inputs_have_a_section_of_their_own(run: RunRecord) -> None:
     assert "Inputs" not in Page(page([run])).text.splitlines()
     found = Page(page([with_inputs, run]))
     assert "Inputs: with\n" in found.text
-    assert "Inputs: skip rows\n" not in found.text
+    assert "Inputs: skip everywhere\n" not in found.text
     assert "inputs dropped (by)\n30.0% (slipstream)\n-\n" in found.text
     for line in (
         "samples read\n1,000\n",
@@ -246,9 +245,9 @@ def test_runs_stand_side_by_side(run: RunRecord) -> None:
     found = Page(page([run, other, RunRecord(report=None, name="bare", step_ms={"median": 5.0})]))
     said = found.said("AUC on the test samples")
     assert "another, step 2: 0.1234" in said
-    assert any(one.startswith("skip rows, step ") for one in said)
+    assert any(one.startswith("skip everywhere, step ") for one in said)
     assert "bare: a whole step, median 5.00 ms" in found.said("A step's time by part")
-    for name in ("skip rows", "another"):
+    for name in ("skip everywhere", "another"):
         assert f"Tables and rows: {name}" in found.text
     assert "AUC\n" + f"{run.history[-1]['auc']:.4f}\n0.1234\n-\n" in found.text
 
@@ -277,7 +276,7 @@ def test_long_runs_and_many_tables_stay_readable(run: RunRecord) -> None:
     assert sum(int(up) for up, _ in set(moved)) > 0
     assert len(columns) <= 240
     assert "step 1 to 9: 18 promoted, 9 demoted, 900 B, 9.0 ms" in columns
-    assert "skip rows, step 100,000: 50.0%" in found.said("Hit rate over steps"), "the last point is drawn"
+    assert "skip everywhere, step 100,000: 50.0%" in found.said("Hit rate over steps"), "the last point is drawn"
 
 
 def test_names_lose_what_they_have_in_common_and_are_in_order() -> None:

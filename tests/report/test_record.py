@@ -53,7 +53,7 @@ def test_train_dlrms_result_is_a_record(run: dict[str, Any], tmp_path: Path) -> 
     assert found.report == Report.from_dict(run["slipstream"])
     assert found.report is not None
     assert found.report.placement is not None
-    assert found.name == "skip rows"
+    assert found.name == "skip everywhere"
     assert found.history == run["history"]
     assert found.step_ms == run["step_ms"]
     assert found.best_possible == run["best_possible"]
@@ -66,9 +66,10 @@ def test_runs_side_by_side_have_names_of_their_own(run: dict[str, Any], tmp_path
     (tmp_path / "a.json").write_text(json.dumps({"off": bare, "rows": run}))
     (tmp_path / "b.json").write_text(json.dumps(run))
     first, second = load(tmp_path / "a.json")
-    assert (first.name, first.report, second.name) == ("skip off", None, "skip rows")
+    assert (first.name, first.report, second.name) == ("skip off", None, "skip everywhere")
     found = load_all([tmp_path / "a.json", tmp_path / "b.json", tmp_path / "b.json"])
-    assert [one.name for one in found] == ["skip off", "a: skip rows", "b: skip rows", "b: skip rows (2)"]
+    names = ["skip off", "a: skip everywhere", "b: skip everywhere", "b: skip everywhere (2)"]
+    assert [one.name for one in found] == names
     assert found[3].report == found[1].report
 
 

@@ -23,7 +23,7 @@ def look_up(tbe: TBE, session: Slipstream, rows: list[int]) -> None:
 def test_a_counted_lookup_stands_for_those_of_as_many_steps(min_touches: int, counted_lookups: int) -> None:
     """Row r is looked up in r of the counted steps, at the default of one in 8, row 0 in all the others."""
     steps = 10 * EVERY
-    staleness = StalenessConfig(min_touches=min_touches, interval=steps, warmup_steps=steps)
+    staleness = StalenessConfig(where="everywhere", min_touches=min_touches, interval=steps, warmup_steps=steps)
     tbe = make_tbe((20,), (4,))
     session = Slipstream(tbe, SlipstreamConfig(staleness=staleness))
     counted = 0

@@ -46,7 +46,7 @@ def test_rows_that_stay_keep_their_state_and_new_ones_start_live(before: list[in
     ]
     for place, row in enumerate(after):
         known = row in before
-        assert bool(moved.fresh[place]) is not known
+        assert (place in moved.fresh.tolist()) is not known
         for field in fields(RowPool):
             if field.name in ("rows", "snapshots", "fresh"):
                 continue

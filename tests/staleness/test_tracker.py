@@ -39,7 +39,7 @@ def train(tbe: TBE, session: Slipstream | None, steps: range) -> None:
 def config(**changes: object) -> SlipstreamConfig:
     """``changes`` are those of the staleness configuration, but for the access counters' ``every``."""
     access = AccessConfig(every=int(str(changes.pop("every", 1))))
-    base = StalenessConfig(interval=10, warmup_steps=40, max_table_share=1.0)
+    base = StalenessConfig(where="everywhere", interval=10, warmup_steps=40, max_table_share=1.0)
     return SlipstreamConfig(staleness=replace(base, **changes), access=access)  # type: ignore[arg-type]
 
 

@@ -99,7 +99,20 @@ def _details(report: Report) -> list[str]:
     parts = ['<div class="columns">', *figures, "</div>"]
     if placed is not None and placed.predicted_hit_rate is not None:
         parts += ["<h3>Predicted and measured</h3>", _predictions(placed)]
+    if report.payoffs:
+        parts += ["<h3>What leaving updates out costs and saves</h3>", _payoffs(report)]
     return [*parts, "<h3>By table</h3>", _tables(report)]
+
+
+def _payoffs(report: Report) -> str:
+    rows = [
+        [
+            *(one.names, str(one.rank), f"{one.step:,}", f"{one.stock_ms:.2f}", f"{one.skipping_ms:.2f}"),
+            "left out" if one.pays else "all made",
+        ]
+        for one in report.payoffs
+    ]
+    return table(["tables of one TBE", "rank", "step", "ms with all updates", "ms with some left out", "since"], rows)
 
 
 def _predictions(placed: PlacementReport) -> str:

@@ -176,6 +176,7 @@ def _check_report(report: Report) -> None:
     """Raises TypeError for a value that is not of its field's type, or too large to be one of a run: where a file is
     believed, not where it is drawn."""
     parts: list[Any] = [report, *report.tables.values(), *report.decisions, *report.spread.values()]
+    parts += report.payoffs
     if (placed := report.placement) is not None:
         parts += [placed, *placed.tables.values(), *placed.points, *placed.replans]
     if (inputs := report.inputs) is not None:

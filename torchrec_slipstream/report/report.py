@@ -9,6 +9,7 @@ from typing import Any
 
 from torchrec_slipstream.report.inputs import InputReport
 from torchrec_slipstream.report.octaves import Octaves
+from torchrec_slipstream.report.payoff import Payoff
 from torchrec_slipstream.report.placement import PlacementReport
 
 
@@ -17,7 +18,9 @@ class Decision:
     """What one decision of the staleness tracker found and did, over all ranks but for ``seconds``.
 
     ``pool_rows`` may be stale, ``stale_rows`` are; ``thawed_rows`` were until now, ``refrozen_rows`` are again after
-    one interval; ``measured_share`` of the look-ups since skipping began were left out, ``expected_share`` will be.
+    one interval; ``measured_share`` of the look-ups offered so far were left out, ``expected_share`` will be. Offered
+    are those, since skipping began, in the steps in which a TBE leaves updates out: not a trial's other steps, nor what
+    is left alone after one (``StalenessConfig.where``).
 
     Of a long run not every decision is kept: ``before`` says how many were between the kept one before and this, and
     ``thawed_before`` and ``refrozen_before`` sum up their rows.
@@ -74,7 +77,8 @@ class Report:
     """What a session did. ``str()`` is a table for people, :meth:`to_dict` the same for programs.
 
     ``placement`` is what became of the hot rows; None where none had an overlay. ``inputs`` is what became of the
-    samples; None where the session chose none.
+    samples; None where the session chose none. ``payoffs`` are the TBEs of all ranks of which was measured whether
+    leaving updates out makes them faster (``StalenessConfig.where``).
 
     ``seconds`` is wall time since attach, or since a state was loaded; ``tracker_seconds`` the part of it spent in
     decisions (snapshots, counts, search and collectives; on this rank).
@@ -100,6 +104,7 @@ class Report:
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)
     spread: Mapping[str, Octaves] = field(default_factory=dict, repr=False)
     inputs: InputReport | None = field(default=None, repr=False)
+    payoffs: list[Payoff] = field(default_factory=list, repr=False)
 
     @property
     def total(self) -> TableReport:
@@ -108,7 +113,8 @@ class Report:
 
     @property
     def measured_share(self) -> float:
-        """Share of the look-ups left out since skipping began, as of the last decision; compare target_share."""
+        """Of the look-ups offered since skipping began (see :class:`Decision`) the share left out, as of the last
+        decision; compare ``target_share``. Of all look-ups: ``total.skipped_share``."""
         return self.decisions[-1].measured_share if self.decisions else 0.0
 
     @property
@@ -145,6 +151,7 @@ class Report:
             "config": self.config,
             "spread": {name: octaves.to_dict() for name, octaves in self.spread.items()},
             "inputs": self.inputs.to_dict() if self.inputs is not None else None,
+            "payoffs": [one.to_dict() for one in self.payoffs],
         }
 
     def save(
@@ -181,8 +188,15 @@ class Report:
             config=values.get("config", {}),
             spread={name: Octaves.from_dict(one) for name, one in values.get("spread", {}).items()},
             inputs=InputReport.from_dict(values["inputs"]) if values.get("inputs") else None,
+            payoffs=[Payoff.from_dict(one) for one in values.get("payoffs", [])],
             **{name: values[name] for name in ("steps", "seconds", "tracker_seconds", "target_share")},
         )
+
+    def _left_out(self) -> str:
+        if self.payoffs and not any(one.pays for one in self.payoffs):
+            return "leaving updates out was tried and saved no time, so all are made"
+        where = " where that saves time" if self.payoffs else ""
+        return f"since skipping began {self.measured_share:.1%} of look-ups had their update left out{where}"
 
     def __str__(self) -> str:
         width = max([len(name) for name in self.tables] + [len("all tables")])
@@ -199,10 +213,8 @@ class Report:
                 + (f"  {of_inputs[name].share:>8.1%}" if name in of_inputs else "")
             )
         lines.append("")
-        lines.append(
-            f"{self.steps:,} steps; since skipping began {self.measured_share:.1%} of look-ups had their update left "
-            f"out (target {self.target_share:.0%})"
-        )
+        lines.append(f"{self.steps:,} steps; {self._left_out()} (target {self.target_share:.0%})")
+        lines += [str(one) for one in self.payoffs]
         if self.refreeze_rate is not None:
             lines.append(f"of the rows thawed, {self.refreeze_rate:.0%} froze again at the next decision")
         lines.append(

@@ -25,7 +25,7 @@ class RowPool:
         state: float32 ``[n]``, the optimizer's mean sum of squares at the last decision (0 where it has none).
         snapshots: a ``[n_s, dim_s]`` tensor a shard: the weights at the last decision of the shard's rows (in
             order), or no column where the signal needs none. NaN where a row had no snapshot yet.
-        fresh: bool ``[n]``, rows that the last move added; None before the first.
+        fresh: int64, positions of the rows that the last move added; None before the first.
     """
 
     rows: Tensor
@@ -62,7 +62,9 @@ class RowPool:
         starts = torch.searchsorted(self.rows, shard_begins.to(self.rows.device))
         return [*starts.tolist(), self.rows.numel()]
 
-    def moved_to(self, rows: Tensor, touches: Tensor, decisions: int, shard_begins: Tensor) -> RowPool:
+    def moved_to(
+        self, rows: Tensor, touches: Tensor, decisions: int, shard_begins: Tensor, *, signals: bool = True
+    ) -> RowPool:
         """The pool of ``rows`` instead: known rows keep their state, new ones start as live and wholly trained.
 
         Args:
@@ -70,38 +72,44 @@ class RowPool:
             touches: float32 ``[m]``, their look-ups so far.
             decisions: intervals so far, this one included; at least 1.
             shard_begins: int64, first row of each shard.
+            signals: False leaves what only a signal looks at (updates, score, state) zero.
         """
-        known, at = _found_in(self.rows, rows)
-        if bool(known.all()) and rows.numel() == self.rows.numel():
-            return replace(self, fresh=~known)
+        shared = _shared(self.rows, rows)
+        if shared.are_all:
+            return replace(self, fresh=shared.others)
 
         def kept(values: Tensor, otherwise: Tensor | float) -> Tensor:
-            if self.rows.numel() == 0:
-                return torch.zeros_like(rows, dtype=values.dtype) + otherwise
-            return torch.where(known, values.index_select(0, at), otherwise).to(values.dtype)
+            new = torch.zeros_like(rows, dtype=values.dtype) + otherwise  # scattering into it takes half of a where()
+            new[shared.after] = values if shared.before is None else values.index_select(0, shared.before)
+            return new
+
+        def of_signal(values: Tensor, otherwise: Tensor | float) -> Tensor:
+            return kept(values, otherwise) if signals else torch.zeros_like(rows, dtype=values.dtype)
 
         moved = RowPool(
             rows=rows,
             seen=kept(self.seen, 0),
             rate=kept(self.rate, touches / decisions),
-            updates=kept(self.updates, touches),
+            updates=of_signal(self.updates, touches),
             duty=kept(self.duty, 1.0),
-            score=kept(self.score, torch.nan),
+            score=of_signal(self.score, torch.nan),
             thawed=kept(self.thawed, False),
-            state=kept(self.state, 0.0),
+            state=of_signal(self.state, 0.0),
             snapshots=self.snapshots,
-            fresh=~known,
+            fresh=shared.others,
         )
         if any(snapshot.shape[1] for snapshot in self.snapshots):
-            moved.snapshots = self._moved_snapshots(known, at, moved.bounds(shard_begins), self.bounds(shard_begins))
+            moved.snapshots = self._moved_snapshots(shared, moved.bounds(shard_begins), self.bounds(shard_begins))
         return moved
 
-    def _moved_snapshots(self, known: Tensor, at: Tensor, now: list[int], before: list[int]) -> list[Tensor]:
+    def _moved_snapshots(self, shared: _Shared, now: list[int], before: list[int]) -> list[Tensor]:
         moved = []
+        every = torch.arange(self.rows.numel(), device=self.rows.device)
+        of_old = every if shared.before is None else shared.before
         for shard, old in enumerate(self.snapshots):
-            part = slice(now[shard], now[shard + 1])
             new = torch.full((now[shard + 1] - now[shard], old.shape[1]), torch.nan, dtype=old.dtype, device=old.device)
-            new[known[part]] = old[at[part][known[part]] - before[shard]]
+            mine = (shared.after >= now[shard]) & (shared.after < now[shard + 1])
+            new[shared.after[mine] - now[shard]] = old[of_old[mine] - before[shard]]
             moved.append(new)
         return moved
 
@@ -111,20 +119,31 @@ class RowPool:
         return {name: value[begin:end] for name, value in values.items()} | {"snapshots": self.snapshots[shard]}
 
 
-def _found_in(before: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of ``rows`` are among those of ``before`` (bool), and where there (int64; any valid position where not).
+@dataclass(frozen=True)
+class _Shared:
+    """The rows that two pools share, in order: int64 positions ``after`` in the new one and ``before`` in the old one
+    (None: all of it); ``others`` are the new one's other positions."""
 
-    Both are ascending. Marks in a map of the row space take a fifth of the time of a binary search.
-    """
-    if before.numel() == 0 or rows.numel() == 0:
-        return torch.zeros_like(rows, dtype=torch.bool), torch.zeros_like(rows)
-    space = 1 + int(torch.maximum(before[-1], rows[-1]))
-    known = _marked(before, space).index_select(0, rows)
-    stays = positions_of(_marked(rows, space).index_select(0, before))
-    at = known.cumsum(0).sub_(1).clamp_(min=0)  # for the rows that both have are in the same order in both
-    if stays.numel() == before.numel():
-        return known, at
-    return known, stays.index_select(0, at) if stays.numel() else at
+    after: Tensor
+    before: Tensor | None
+    others: Tensor
+
+    @property
+    def are_all(self) -> bool:
+        return self.before is None and self.others.numel() == 0
+
+
+def _shared(before: Tensor, after: Tensor) -> _Shared:
+    """Both are ascending rows. Marks in a map of the row space take a fifth of the time of a binary search."""
+    if before.numel() == 0 or after.numel() == 0:
+        nothing = after[:0]
+        others = torch.arange(after.numel(), device=after.device)
+        return _Shared(nothing, None if before.numel() == 0 else nothing, others)
+    space = 1 + int(torch.maximum(before[-1], after[-1]))
+    known = _marked(before, space).index_select(0, after)
+    stays = positions_of(_marked(after, space).index_select(0, before))
+    whole = stays.numel() == before.numel()
+    return _Shared(positions_of(known), None if whole else stays, positions_of(~known))
 
 
 def _marked(rows: Tensor, space: int) -> Tensor:

@@ -13,6 +13,7 @@ from torchrec_slipstream.report.octaves import Octaves
 from torchrec_slipstream.staleness import selection
 from torchrec_slipstream.staleness.pool import RowPool
 from torchrec_slipstream.staleness.signals import SIGNALS, RowView, Signal
+from torchrec_slipstream.staleness.trial import Trial
 from torchrec_slipstream.tbe import Sampling, UpdateFilter
 from torchrec_slipstream.tbe.compaction import positions_of
 from torchrec_slipstream.tbe.update_filter import ALWAYS_LIVE
@@ -21,7 +22,11 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 class TrackedTbe:
-    """One TBE's pool, and what a decision does with it. A touch stands for ``scale`` look-ups."""
+    """One TBE's pool, and what a decision does with it. A touch stands for ``scale`` look-ups.
+
+    Attributes:
+        trial: whether leaving its updates out pays.
+    """
 
     def __init__(self, update_filter: UpdateFilter, config: StalenessConfig, scale: int) -> None:
         self.filter = update_filter
@@ -40,34 +45,37 @@ class TrackedTbe:
         self.excluded = [shard.table in config.exclude_tables or not shard.counted for shard in shards]
         self.table_rate = torch.zeros(len(shards), dtype=torch.float64, device=device)
         self._table_seen = torch.zeros(len(shards), dtype=torch.int64, device=device)
+        self._observed = 0  # the interval that was taken in last
+        self.trial = Trial(update_filter)
         update_filter.followers.append(self._follow_lowering)
         self._feature_table = torch.tensor(update_filter.feature_table, dtype=torch.int64, device=device)
 
     def observe(self, intervals: int) -> None:
-        """Take in the interval that ended: the pool's rows, their rates, updates and signals.
-
-        The first call takes in all intervals so far, of which there are ``intervals``.
-        """
+        """Take in what was since the last call, of the ``intervals`` so far: the pool's rows, their rates, updates and
+        signals."""
         config = self.config
+        passed, self._observed = max(1, intervals - self._observed), intervals
         lookups = torch.zeros_like(self._table_seen).index_add_(0, self._feature_table, self.filter.lookups)
         first = not bool(self._table_seen.any())
-        new = (lookups - self._table_seen).double() / (intervals if first else 1)
+        new = (lookups - self._table_seen).double() / passed
         self._table_seen = lookups
-        decay = 0.0 if first else config.rate_decay
+        decay = 0.0 if first else config.rate_decay**passed
         self.table_rate = decay * self.table_rate + (1.0 - decay) * new
 
         rows = self._pool_rows()
         touches = self.filter.touches.index_select(0, rows)
         scaled = touches.float() * self.scale
-        pool = self.pool.moved_to(rows, scaled, intervals, self.shard_begins)
-        assert pool.fresh is not None
+        pool = self.pool.moved_to(rows, scaled, intervals, self.shard_begins, signals=self.signal is not None)
+        fresh = pool.fresh
+        assert fresh is not None
         new_touches = (touches - pool.seen).float() * self.scale
-        pool.rate = torch.where(pool.fresh, pool.rate, decay * pool.rate + (1.0 - decay) * new_touches)
-        new_updates = new_touches * pool.duty
-        pool.updates = torch.where(pool.fresh, pool.updates, pool.updates + new_updates)
+        rate = (decay * pool.rate).add_(new_touches, alpha=(1.0 - decay) / passed)
+        pool.rate = rate.index_copy_(0, fresh, pool.rate[fresh])
         pool.seen = touches
         self.pool = pool
         if self.signal is not None:
+            new_updates = new_touches * pool.duty
+            pool.updates = (pool.updates + new_updates).index_copy_(0, fresh, pool.updates[fresh])
             self._score(self.signal, new_updates)
 
     def _pool_rows(self) -> Tensor:
@@ -160,6 +168,13 @@ class TrackedTbe:
         self.filter.set_patterns(pool.rows, selection.step_patterns(duty, pool.rows, decision))
         return self._set_duty(duty)
 
+    def leave_alone(self) -> None:
+        """Let all rows be live, until the next :meth:`apply`."""
+        pool = self.pool
+        self.filter.set_patterns(pool.rows[:0], torch.zeros((), dtype=torch.uint8, device=pool.rows.device))
+        pool.duty = torch.ones_like(pool.duty)
+        pool.thawed = torch.zeros_like(pool.thawed)
+
     def _set_duty(self, duty: Tensor) -> Tensor:
         """Remember the duties, and which rows they thaw; what :meth:`apply` returns."""
         pool = self.pool
@@ -204,9 +219,12 @@ class TrackedTbe:
                 "touches": one.touches[rows],
                 "patterns": one.patterns[rows],
                 "lookups": one.lookups[features],
+                "offered": one.offered[features],
                 "skipped": one.skipped[features],
                 "table_rate": self.table_rate[i],
                 "table_seen": self._table_seen[i],
+                "observed": torch.tensor(self._observed),
+                "trial": self.trial.state(),
                 # What the coming decision has seen of the gradients; with the first shard, as they are the TBE's.
                 "magnitudes": torch.cat([none, *(one.magnitudes if i == 0 else [])]),
                 **{f"pool.{name}": value for name, value in self.pool.part(bounds[i], bounds[i + 1], i).items()},
@@ -240,7 +258,7 @@ class TrackedTbe:
             if rows.numel() and (int(rows[0]) < 0 or int(rows[-1]) >= shard.rows or not bool((rows.diff() > 0).all())):
                 raise StateError(f"shard {shard.key}: the saved rows are not ascending rows of {shard.rows}")
 
-    def load(self, shards: dict[str, dict[str, Tensor]]) -> None:
+    def load(self, shards: dict[str, dict[str, Tensor]], rank: int) -> None:
         one = self.filter
         parts = [shards[shard.key] for shard in one.shards]
         pool = RowPool.empty(one.device, [], self.snapshot_dtype)
@@ -251,6 +269,7 @@ class TrackedTbe:
             one.patterns[rows] = part["patterns"]
             # An index of bools wants its values on its own device, unlike the slices round it.
             one.lookups[features] = part["lookups"].to(one.device)
+            one.offered[features] = part["offered"].to(one.device)
             one.skipped[features] = part["skipped"].to(one.device)
             self.table_rate[i] = part["table_rate"]
             self._table_seen[i] = part["table_seen"]
@@ -261,6 +280,8 @@ class TrackedTbe:
             setattr(pool, name, torch.cat(values))
         pool.snapshots = [part["pool.snapshots"].to(one.device) for part in parts]
         self.pool = pool
+        self._observed = int(parts[0]["observed"])
+        self.trial.load(parts[0]["trial"], rank)
         one.counts.loaded()
         one.magnitudes = [parts[0]["magnitudes"].to(one.device)] if parts[0]["magnitudes"].numel() else []
         one.any_stale = bool((one.patterns != ALWAYS_LIVE).any())

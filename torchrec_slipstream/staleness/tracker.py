@@ -18,17 +18,19 @@ from torch import Tensor
 from torchrec_slipstream.config import StalenessConfig
 from torchrec_slipstream.errors import StateError
 from torchrec_slipstream.report.octaves import Octaves
+from torchrec_slipstream.report.payoff import Payoff
 from torchrec_slipstream.report.report import Decision
 from torchrec_slipstream.report.thinning import thin
-from torchrec_slipstream.staleness import selection
+from torchrec_slipstream.staleness import choosing, selection
 from torchrec_slipstream.staleness.tracked_tbe import TrackedTbe
+from torchrec_slipstream.staleness.trial import Trials
 from torchrec_slipstream.tbe import Sampling, UpdateFilter
 
 # How strongly the share left out is pulled back to its target: half of what is owed, in the coming interval.
 _FEEDBACK = 0.5
 # Steps before a decision whose gradients it looks at.
 _WATCHED_STEPS = 4
-_SAVED = ("config", "steps", "intervals", "baseline", "sampling", "decisions", "shards")
+_SAVED = ("config", "steps", "intervals", "skipping_intervals", "trial_left", "sampling", "decisions", "shards")
 
 
 class StalenessTracker:
@@ -40,6 +42,7 @@ class StalenessTracker:
         total: sums a float64 tensor over the ranks in place and returns it; the identity on one rank.
         device: where ``total`` wants its tensors on a rank without tables; default: the CPU.
         scale: look-ups that a touch stands for (``AccessConfig.scale``).
+        rank: of this process, for what it reports.
 
     Raises:
         AttachError: the configured signal needs optimizer state that a table's optimizer does not keep.
@@ -53,6 +56,7 @@ class StalenessTracker:
         device: torch.device | None = None,
         *,
         scale: int = 1,
+        rank: int = 0,
     ) -> None:
         self.config = config
         self.filters = list(filters)
@@ -62,8 +66,11 @@ class StalenessTracker:
         self.seconds = 0.0
         self.decisions: list[Decision] = []
         self._intervals = 0
-        self._baseline: tuple[int, int] | None = None
+        self._skipping_intervals = 0  # since the decision that first found stale rows, that one included
+        self._decision_seconds = 0.0  # of the last one
+        self._rank = rank
         self._tbes = [TrackedTbe(one, config, scale) for one in self.filters]
+        self._trials = Trials([tbe.trial for tbe in self._tbes], config)
         rows = sum(one.patterns.numel() for one in self.filters)
         for tbe in self._tbes:
             tbe.capacity = config.memory_bytes * tbe.filter.patterns.numel() // max(1, rows) // tbe.row_bytes
@@ -77,6 +84,8 @@ class StalenessTracker:
         """Call after every training step. At the end of an interval it decides."""
         began = time.perf_counter()
         self.steps += 1
+        if self._trials.end_step():
+            self._end_trial()
         for one in self.filters:
             one.lower_high()
         if self.steps % self.config.interval == 0:
@@ -85,13 +94,33 @@ class StalenessTracker:
         self._prepare_step()
 
     def _prepare_step(self) -> None:
-        for one in self.filters:
+        to_go = self.config.interval - self.steps % self.config.interval
+        coming = self._skipping_intervals + 1
+        decides_next = choosing.decides(self.config, coming)
+        watches = decides_next and self.config.selection == "sampling" and to_go <= _WATCHED_STEPS
+        for tbe in self._tbes:
+            one = tbe.filter
             one.phase = self.steps % selection.PHASES
             one.step = self.steps
-            to_go = self.config.interval - self.steps % self.config.interval
-            one.watching = self.config.selection == "sampling" and to_go <= _WATCHED_STEPS
-            if to_go == min(_WATCHED_STEPS, self.config.interval):
+            one.active = self._skipping_intervals > 0 and self._trials.skip(tbe.trial)
+            one.watching = watches and (self._trials.are_open_to(tbe.trial) or self._trials.are_due(coming))
+            if decides_next and to_go == min(_WATCHED_STEPS, self.config.interval):
                 one.magnitudes.clear()
+        self._trials.prepare_step()
+
+    def _end_trial(self) -> None:
+        """Let the TBEs that gained nothing alone."""
+        rows = sum(tbe.pool.rows.numel() for tbe in self._tbes)
+        steps = self.config.interval * choosing.gap(self.config, self._skipping_intervals)
+        for tbe in self._tbes:
+            share = tbe.pool.rows.numel() / max(1, rows)
+            tbe.trial.end(self.steps, self._rank, share * self._decision_seconds / steps)
+            if not tbe.trial.pays:
+                tbe.leave_alone()
+
+    def payoffs(self) -> list[Payoff]:
+        """What was measured last of each TBE of this rank that was tried."""
+        return [tbe.trial.last for tbe in self._tbes if tbe.trial.last is not None]
 
     # ------------------------------------------------------------------------------------------- a decision
 
@@ -103,27 +132,38 @@ class StalenessTracker:
         # A signal compares with the decision before, so the warm-up's last interval is enough to look at.
         if config.target_share == 0.0 or self.steps + config.interval < config.warmup_steps:
             return
-        for tbe in self._tbes:
+        if self._skipping_intervals:
+            self._skipping_intervals += 1
+            if self._trials.are_due(self._skipping_intervals):
+                self._trials.begin()
+            if not choosing.decides(config, self._skipping_intervals):
+                return
+        tried = [tbe for tbe in self._tbes if self._trials.are_open_to(tbe.trial)]
+        for tbe in tried:
             tbe.observe(self._intervals)
         if self.steps < config.warmup_steps:
             return
-        sums = self._global_sums()
-        table_rate, seen, skipped = (float(value) for value in sums)
-        if self._baseline is None:
-            self._baseline = (int(seen), int(skipped))
-        seen, skipped = seen - self._baseline[0], skipped - self._baseline[1]
-        owed = config.target_share * seen - skipped
-        share = config.target_share + _FEEDBACK * owed / max(table_rate, 1.0)
+        sums = self._global_sums(tried)
+        table_rate, offered, skipped = (float(value) for value in sums)
+        owed = config.target_share * offered - skipped
+        coming = table_rate * choosing.gap(config, self._skipping_intervals)
+        share = config.target_share + _FEEDBACK * owed / max(coming, 1.0)
         wanted = torch.tensor(min(max(share, 0.0), 0.99) * table_rate, dtype=torch.float64)
         counts = torch.zeros(5, dtype=torch.float64)
         if config.selection == "sampling":
-            chosen, left_out, popular = self._choose_sampling(wanted)
-            for tbe in self._tbes:
+            chosen, left_out, popular = choosing.choose_sampling(config, tried, wanted, self._total)
+            for tbe in tried:
                 counts += tbe.apply_sampling(chosen, left_out, popular)
         else:
-            for tbe, duty in zip(self._tbes, self._choose_duties(wanted, table_rate), strict=True):
+            duties = choosing.choose_duties(config, tried, wanted, table_rate, self._intervals, self._total)
+            for tbe, duty in zip(tried, duties, strict=True):
                 counts += tbe.apply(duty, self._intervals)
         pool, stale, thawed, refrozen, left_out = self._total(counts.to(self._device)).tolist()
+        if stale and not self._skipping_intervals:
+            self._skipping_intervals = 1
+            if self._trials.are_due(1):
+                self._trials.begin()
+        self._decision_seconds = time.perf_counter() - began
         self.decisions.append(
             Decision(
                 step=self.steps,
@@ -131,69 +171,22 @@ class StalenessTracker:
                 stale_rows=int(stale),
                 thawed_rows=int(thawed),
                 refrozen_rows=int(refrozen),
-                measured_share=skipped / max(seen, 1),
+                measured_share=skipped / max(offered, 1),
                 expected_share=left_out / max(table_rate, 1.0),
-                seconds=time.perf_counter() - began,
+                seconds=self._decision_seconds,
             )
         )
         thin(self.decisions, Decision.join)
 
-    def _global_sums(self) -> Tensor:
-        """float64 ``[3]`` over all ranks: look-ups an interval, look-ups seen, look-ups left out."""
+    def _global_sums(self, tried: Sequence[TrackedTbe]) -> Tensor:
+        """float64 ``[3]`` over all ranks: look-ups an interval of those tried, look-ups offered and left out of all."""
         sums = torch.zeros(3, dtype=torch.float64, device=self._device)
-        for tbe in self._tbes:
+        for tbe in tried:
             sums[0] += tbe.table_rate.sum()
-            sums[1] += tbe.filter.lookups.sum()
+        for tbe in self._tbes:
+            sums[1] += tbe.filter.offered.sum()
             sums[2] += tbe.filter.skipped.sum()
         return self._total(sums)
-
-    def _choose_sampling(self, wanted: Tensor) -> tuple[Sampling, float, float]:
-        """How to sample so that the wanted number of look-ups is left out.
-
-        The gradients of the steps before stand for those to come, and stale look-ups for all of a sample's.
-
-        Returns:
-            The sampling, the share of the sampled rows' look-ups that it leaves out, and the look-ups an interval up
-            to which a row is sampled.
-        """
-        config = self.config
-        none = torch.empty(0, device=self._device)
-        magnitudes = torch.cat([none, *(m for one in self.filters for m in one.magnitudes)])
-        rate = torch.cat([none, *(tbe.pool.rate for tbe in self._tbes)])
-        popular = float("inf")
-        if config.tail_share > 0.0:
-            popular = selection.quantile_threshold(rate, rate, wanted / config.tail_share, self._total)
-        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        sums[0] = torch.where(rate < popular, rate, 0.0).sum(dtype=torch.float64)
-        sums[1] = magnitudes.isfinite().sum()
-        sampled_rate, watched = (float(value) for value in self._total(sums))
-        share = min(float(wanted) / max(sampled_rate, 1.0), config.max_table_share, 1.0 - config.min_probability)
-        if watched == 0.0:
-            return Sampling(1.0, 1.0), 0.0, popular  # no backward has shown its gradients: keep everything
-        target = torch.tensor(share * watched, dtype=torch.float64)
-        scale = selection.proportional_scale(
-            magnitudes, torch.ones_like(magnitudes), target, config.min_probability, self._total
-        )
-        return Sampling(scale, config.min_probability), share, popular
-
-    def _choose_duties(self, wanted: Tensor, table_rate: float) -> list[Tensor]:
-        """Duty of every pool row of every TBE, before the cap a table."""
-        config = self.config
-        none = torch.empty(0, device=self._device)
-        score = torch.cat([none, *(tbe.comparable_score() for tbe in self._tbes)])
-        rate = torch.cat([none, *(tbe.pool.rate for tbe in self._tbes)])
-        sizes = [tbe.pool.rows.numel() for tbe in self._tbes]
-        if config.selection == "duty":
-            duty = selection.duty_cycles(score, rate, wanted, config.min_duty, self._total)
-            return list(duty.split(sizes))
-        turn = torch.cat([none.bool(), *(tbe.thaw_turn(self._intervals) for tbe in self._tbes)])
-        score = torch.where(turn, torch.nan, score)
-        if config.search == "quantile":
-            threshold = selection.quantile_threshold(score, rate, wanted, self._total)
-        else:
-            window = torch.tensor(config.search_window * table_rate, dtype=torch.float64)
-            threshold = selection.bisect_threshold(score, rate, wanted, window, self._total)
-        return list(torch.where(score < threshold, 0.0, 1.0).split(sizes))
 
     def spread(self) -> list[dict[str, Octaves]]:
         """How rows and samples differ in what the choice goes by, of every TBE of this rank: see ``Report.spread``."""
@@ -210,7 +203,8 @@ class StalenessTracker:
             "config": asdict(self.config),
             "steps": self.steps,
             "intervals": self._intervals,
-            "baseline": self._baseline,
+            "skipping_intervals": self._skipping_intervals,
+            "trial_left": self._trials.left,
             "sampling": None if self._sampling is None else [self._sampling.scale, self._sampling.least],
             "decisions": [asdict(decision) for decision in self.decisions],
             "shards": shards,
@@ -246,20 +240,23 @@ class StalenessTracker:
             StateError: other tables or shards, other sizes, or another configuration.
         """
         self.check(state)
-        self.steps, self._intervals, self._baseline, sampling, self.decisions = _progress(state)
+        numbers, sampling, self.decisions = _progress(state)
+        self.steps, self._intervals, self._skipping_intervals, self._trials.left = numbers
+        self._decision_seconds = self.decisions[-1].seconds if self.decisions else 0.0
         self.seconds = 0.0  # a report is of the time since
         for tbe in self._tbes:
-            tbe.load(state["shards"])
+            tbe.load(state["shards"], self._rank)
             tbe.filter.sampling = sampling
         self._prepare_step()
 
 
-def _progress(state: dict[str, Any]) -> tuple[int, int, tuple[int, int] | None, Sampling | None, list[Decision]]:
-    """Of a saved state: steps, intervals, baseline, sampling and decisions. Raises StateError if they are malformed."""
+def _progress(state: dict[str, Any]) -> tuple[list[int], Sampling | None, list[Decision]]:
+    """Of a saved state: steps, intervals, those since skipping began and steps left of a trial; the sampling; the
+    decisions. Raises StateError if they are malformed."""
     try:
-        baseline = None if state["baseline"] is None else (int(state["baseline"][0]), int(state["baseline"][1]))
+        numbers = [int(state[name]) for name in ("steps", "intervals", "skipping_intervals", "trial_left")]
         sampling = None if state["sampling"] is None else Sampling(*state["sampling"])
         decisions = [Decision(**decision) for decision in state["decisions"]]
-        return int(state["steps"]), int(state["intervals"]), baseline, sampling, decisions
+        return numbers, sampling, decisions
     except (TypeError, ValueError, IndexError) as error:
         raise StateError(f"the saved staleness state is malformed: {error}") from error

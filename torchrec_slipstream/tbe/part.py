@@ -122,6 +122,7 @@ class Part:
     def run(self) -> Tensor:
         """The TBE's output, of a side of a mean-pooled batch scaled to its part of the bags."""
         output = self._run_hooked() if self._hooked else self._call.run(self._forward)
+        self._node = output.grad_fn
         if self._side is not None and self._layout.pooling == PoolingMode.MEAN:
             output = self._part_of_mean(output, self._side.chosen)
         if self._hooked and output.grad_fn is not None:
@@ -154,7 +155,6 @@ class Part:
             return output
         saved.check()
         self._offsets = self.tbe._offsets if call.gathers else call.offsets
-        self._node = output.grad_fn
         if not call.gathers:
             saved.cut = Whole(call.offsets)
         if self._is_padded and self._side is not None:
@@ -212,6 +212,11 @@ class Part:
                 factor = factor * self._mean_weight(compaction)
             self._saved.scale_weights(factor)
         return bounds.diff() - compaction.live_before(bounds).diff()
+
+    def after_backward(self, then: Callable[[], None]) -> None:
+        """Call ``then`` when the TBE's backward has run. Before :meth:`fit_gradient`."""
+        if self._node is not None:
+            self._node.register_hook(lambda _inputs, _outputs: then())
 
     def fit_gradient(self) -> None:
         """Let the gradient that enters the TBE's backward fit what :meth:`cut` left, or will have left by then."""

@@ -24,6 +24,7 @@ from torchrec_slipstream.tbe.part import Call, Part
 from torchrec_slipstream.tbe.preparing import bounds_unchecked, checked_call, take_prefetched
 from torchrec_slipstream.tbe.routing import Side, merge, route
 from torchrec_slipstream.tbe.sampling import Layout
+from torchrec_slipstream.tbe.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from torchrec_slipstream.tbe.deferred import Deferral
@@ -51,12 +52,15 @@ class UpdateFilter(LookupCounter):
         patterns: uint8 ``[slots]``; bit ``phase`` of a row's byte says whether the row is live in the coming step. 255,
             always live, at first. Change it with :meth:`set_patterns`, between two steps.
         phase: which bit counts, 0 to 7.
+        active: whether the coming forwards leave out what is stale; False lets them run stock, whatever the patterns.
         sampling: None, or how to sample the look-ups of rows that are not live: a :class:`Sampling`.
         watching: whether the coming backwards' gradient magnitudes are kept in ``magnitudes``.
         step: number of the coming step; sampling draws by it.
         overlay: where hot rows are; None: the TBE has all rows itself. Set it before :meth:`attach`.
         deferred: while the updates of micro-batches are put off: what keeps their look-ups and gradients.
+        offered: int64 ``[features]``, look-ups of all training forwards while it was active.
         skipped: int64 ``[features]``, look-ups whose update was left out.
+        stopwatch: times the coming forwards and their backwards; None: nothing does.
         end_session: while attached: detaches all of the session that this filter is of. None: it is alone.
     """
 
@@ -70,8 +74,11 @@ class UpdateFilter(LookupCounter):
         self.step = 0
         self._draws = (0, 0)
         self.any_stale = False
+        self.active = True
         self._dims = [found.shards[t].dim for t in self.feature_table]
+        self.offered = torch.zeros_like(self.lookups)
         self.skipped = torch.zeros_like(self.lookups)
+        self.stopwatch: Stopwatch | None = None
         self.overlay: Overlay | None = None
         self.deferred: Deferral | None = None
         self._rows = BackingRows(self.tbe)
@@ -158,8 +165,19 @@ class UpdateFilter(LookupCounter):
 
     # ----------------------------------------------------------------------------------------- one forward
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether a training forward now would leave updates out of its backward."""
+        return self.any_stale and self.active
+
     def forward(self, stock: Callable[..., Tensor], call: Call) -> Tensor:
         """Run ``stock``, the TBE's own forward, so that its backward leaves out what is stale."""
+        if self.stopwatch is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._forward(stock, call)
+        with self.stopwatch.forward():
+            return self._forward(stock, call)
+
+    def _forward(self, stock: Callable[..., Tensor], call: Call) -> Tensor:
         training = torch.is_grad_enabled()
         if training and self.deferred is not None:
             return self.deferred.hold(stock, call)
@@ -182,12 +200,19 @@ class UpdateFilter(LookupCounter):
             parts, output, batch, rows = self._run_both(stock, call, layout, self.overlay)
         if not training:
             return output
-        if rows is None and self.any_stale:
+        if rows is None and self.leaves_out:
             rows = self.rows_of(batch)
         self.observe(batch, call.batch_sizes, rows=rows)
+        if self.active:
+            self.offered += batch.lengths
         if output.grad_fn is None:
             return output
-        if not self.any_stale:
+        if self.stopwatch is not None:
+            span = self.stopwatch.backward()
+            output.grad_fn.register_prehook(lambda _gradients: span.start())  # before the hooks below
+            for part in parts:
+                part.after_backward(span.stop)
+        if not self.leaves_out:
             if self.watching:
                 prehook(output.grad_fn, lambda gradient: self._watch(sampling.magnitudes(gradient, layout), gradient))
             return output
@@ -204,7 +229,7 @@ class UpdateFilter(LookupCounter):
     def _part(
         self, tbe: TBE, forward: Callable[..., Tensor], call: Call, layout: Layout, side: Side | None = None
     ) -> Part:
-        cuts = self.any_stale and torch.is_grad_enabled()
+        cuts = self.leaves_out and torch.is_grad_enabled()
         return Part(tbe, forward, call, layout, side=side, cuts=cuts, samples=self.sampling is not None)
 
     def _run_alone(

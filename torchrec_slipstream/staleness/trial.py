@@ -1,0 +1,162 @@
+"""Does leaving updates out of a TBE make its steps shorter? Tried while training runs.
+
+What a backward saves follows the look-ups left out; choosing them costs a step nearly the same whatever the batch. So
+there is a batch below which skipping loses time, and where it lies depends on the machine, the optimizer, the dims and
+the traffic: between two machines of one kind it was seen to differ by a factor of two. In a trial half of the steps run
+stock, the others leave out what was chosen, and both are timed. A TBE that gains nothing is left alone, all its rows
+live, until the next trial.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from torchrec_slipstream.config import StalenessConfig
+from torchrec_slipstream.report.payoff import Payoff
+from torchrec_slipstream.tbe import UpdateFilter
+from torchrec_slipstream.tbe.stopwatch import Stopwatch
+
+TRIAL_STEPS = 32
+"""Steps of one trial; with a median of 16 a kind, a TBE's time is known to a few percent on a busy machine."""
+_LEAST_SAMPLES = 4
+# Of a TBE's time in a stock step, what has to be saved. Below that it could be noise; and updates are not left out for
+# nothing.
+_WORTH = 0.05
+
+
+def begins_with(interval: int) -> bool:
+    """Whether a trial begins with this interval, counted from 1 where skipping began: the 1st, 2nd, 4th, 8th and so on.
+
+    Early, as rows become trained; then ever more rarely, as less and less changes.
+    """
+    return interval.bit_count() == 1
+
+
+def skips(step: int) -> bool:
+    """Whether a trial's step, counted from 0, leaves updates out.
+
+    Of two steps 2k and 2k + 1 one does. Which one, multiples of the golden ratio say, so that neither kind keeps step
+    with what else happens every so often.
+    """
+    pair, second = divmod(step, 2)
+    return ((pair * 0x9E3779B9) >> 31 & 1) != second
+
+
+@dataclass
+class Trial:
+    """What was found of one TBE.
+
+    Attributes:
+        filter: the TBE's.
+        pays: whether its updates are left out between trials; True until it was tried.
+        last: what the last trial found; None before.
+    """
+
+    filter: UpdateFilter
+    pays: bool = True
+    last: Payoff | None = None
+    _watches: dict[bool, list[Stopwatch]] = field(default_factory=lambda: {False: [], True: []})
+
+    def begin(self) -> None:
+        """Forget the times of the trial before."""
+        for watches in self._watches.values():
+            watches.clear()
+
+    def watch(self, *, skips: bool) -> None:
+        """Time the coming step, which leaves updates out or does not."""
+        watch = Stopwatch(self.filter.device)
+        self._watches[skips].append(watch)
+        self.filter.stopwatch = watch
+
+    def end(self, step: int, rank: int, decision_seconds: float) -> None:
+        """Decide whether it pays. Too few times, as right after resuming, change nothing.
+
+        Args:
+            step: of the session.
+            rank: of this process.
+            decision_seconds: what decisions cost this TBE a step.
+        """
+        self.filter.stopwatch = None
+        stock, skipping = (
+            [found for one in self._watches[kind] if (found := one.seconds()) is not None] for kind in (False, True)
+        )
+        self.begin()
+        if min(len(stock), len(skipping)) < _LEAST_SAMPLES:
+            return
+        stock_ms, skipping_ms = 1e3 * median(stock), 1e3 * (median(skipping) + decision_seconds)
+        self.pays = skipping_ms <= (1.0 - _WORTH) * stock_ms
+        self.last = Payoff(self._tables(), rank, step, stock_ms, skipping_ms, self.pays)
+
+    def _tables(self) -> list[str]:
+        return sorted({shard.fqn for shard in self.filter.shards})
+
+    def state(self) -> Tensor:
+        """float64 ``[4]``: whether it pays, and of the last trial step and milliseconds, NaN before the first."""
+        last = self.last
+        found = [last.step, last.stock_ms, last.skipping_ms] if last is not None else [torch.nan] * 3
+        return torch.tensor([float(self.pays), *found], dtype=torch.float64)
+
+    def load(self, state: Tensor, rank: int) -> None:
+        """Restore what :meth:`state` gave."""
+        pays, step, stock_ms, skipping_ms = state.tolist()
+        self.begin()
+        self.pays, self.last = bool(pays), None
+        if math.isfinite(step):
+            self.last = Payoff(self._tables(), rank, int(step), stock_ms, skipping_ms, self.pays)
+
+
+class Trials:
+    """The trials of this rank's TBEs. They come at the same steps on all ranks; what comes of them is each TBE's own.
+
+    Attributes:
+        left: steps that are left of the present trial; 0: there is none.
+    """
+
+    def __init__(self, trials: Sequence[Trial], config: StalenessConfig) -> None:
+        self._trials = trials
+        self._config = config
+        self.left = 0
+
+    def are_due(self, interval: int) -> bool:
+        """Whether one begins with this interval, counted from 1 where skipping began."""
+        return self._config.where == "faster" and begins_with(interval)
+
+    def begin(self) -> None:
+        """Begin one, unless the last is not over, as intervals are short."""
+        if self.left == 0:
+            self.left = TRIAL_STEPS
+            for one in self._trials:
+                one.begin()
+
+    def are_open_to(self, one: Trial) -> bool:
+        """Whether a TBE's updates are left out, or may be: it pays, or it is being tried."""
+        return self.left > 0 or one.pays
+
+    def skip(self, one: Trial) -> bool:
+        """Whether the coming step leaves the TBE's updates out."""
+        return self._skips_now if self.left else one.pays
+
+    @property
+    def _skips_now(self) -> bool:
+        return skips(TRIAL_STEPS - self.left)
+
+    def prepare_step(self) -> None:
+        """Time the coming step if it is a trial's."""
+        for one in self._trials:
+            one.filter.stopwatch = None
+            # A watched step has work that others have not.
+            if self.left and one.filter.any_stale and not one.filter.watching:
+                one.watch(skips=self._skips_now)
+
+    def end_step(self) -> bool:
+        """Count a training step; whether a trial ended with it."""
+        if self.left == 0:
+            return False
+        self.left -= 1
+        return self.left == 0
