@@ -46,7 +46,7 @@ def test_ranks_may_find_different_things() -> None:
         ]
     assert first["report"]["payoffs"] == second["report"]["payoffs"]
     assert first["report"]["tables"] == second["report"]["tables"]
-    # Intervals of ten steps; the 1st, from step 10 on, begins a trial, in which the 2nd and 4th lie, and the 8th the next.
+    # Intervals of ten steps: the 1st, from step 10 on, begins a trial, in which the 2nd and 4th lie; the 8th the next.
     between = [(10 + TRIAL_STEPS, 80), (80 + TRIAL_STEPS, 160)]
     for begin, end in between:
         assert first["skipped"][end - 1] - first["skipped"][begin - 1] > 0.7 * 40_000 * (end - begin)
