@@ -94,6 +94,10 @@ CONFIGURATIONS = {
         Configuration(
             *("embedding_bound_skewed", 13, (100_000,) * 26, 16, (32,), (32,)), lookups=10, batch=2048, **_OURS
         ),
+        # Histories, say: few features, long bags of wide rows.
+        Configuration(
+            *("embedding_bound_wide", 13, (100_000,) * 8, 256, (32,), (32,)), lookups=100, zipf=1.05, **_OURS
+        ),
     )
 }
 

@@ -47,6 +47,7 @@ STYLES = {
     "static_best": (GREEN, "*"),
     # ours
     "ours": (BLUE, "o"),
+    "ours_everywhere": (PINK, "o"),
     **dict.fromkeys(("ours_counting", "ours_counts", "ours_host_mapped", "plan", "exact"), (SKY, "h")),
     **dict.fromkeys(("ours_tail", "ours_skip", "ours_half_life"), (GREEN, "d")),
     **dict.fromkeys(("ours_hot_rows", "ours_caching", "sampled"), (INDIGO, "p")),

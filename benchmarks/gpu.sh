@@ -110,11 +110,11 @@ if [ "$device" = cuda ]; then
     }
     throughput() {
         local status=0
-        bench throughput --configurations kaggle --max-rows 1000000 --batch 8192 --warmup 52 --test 16384 || status=$?
+        bench throughput --configurations kaggle --max-rows 1000000 --batch 8192 --warmup 60 --test 16384 || status=$?
         # Half a million look-ups a step: on the host they would take longer than all others together.
-        bench throughput --configurations embedding_bound --warmup 52 --test 8192 --providers torchrec_fused \
-            torchrec_uvm torchrec_uvm_caching_lru torchrec_uvm_caching_lfu ours_counting ours ours_tail random_lookups \
-            ours_hot_rows ours_all || status=$?
+        bench throughput --configurations embedding_bound --warmup 60 --test 8192 --providers torchrec_fused \
+            torchrec_uvm torchrec_uvm_caching_lru torchrec_uvm_caching_lfu ours_counting ours ours_everywhere \
+            ours_tail random_lookups ours_hot_rows ours_all || status=$?
         return $status
     }
     inputs() {

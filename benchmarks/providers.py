@@ -10,7 +10,7 @@
 ``ours``                    its defaults but for a short warm-up: half of the look-ups' updates left out, where that
                             saves time
 ``ours_everywhere``         the same whether it does or not
-``ours_tail``               as ``ours``, rare rows first (``tail_share`` 0.75)
+``ours_tail``               as ``ours_everywhere``, rare rows first (``tail_share`` 0.75)
 ``random_lookups``          the control: half of the look-ups' updates left out blindly
 ``ours_hot_rows``           hot rows in an overlay, re-planned; nothing left out
 ``ours_all``                hot rows, and half of the updates left out, whether it saves time or not
@@ -273,9 +273,7 @@ class _Kernel:
 
 
 def _skipping(configuration: Configuration, **staleness: Any) -> SlipstreamConfig:
-    return SlipstreamConfig(
-        staleness=StalenessConfig(warmup_steps=WARMUP_STEPS, interval=WARMUP_STEPS, **staleness)
-    )
+    return SlipstreamConfig(staleness=StalenessConfig(warmup_steps=WARMUP_STEPS, interval=WARMUP_STEPS, **staleness))
 
 
 def _hot_rows(configuration: Configuration, target_share: float) -> SlipstreamConfig:
@@ -304,7 +302,7 @@ _SESSIONS: dict[str, Callable[[Configuration], SlipstreamConfig]] = {
     "ours_counting": partial(_skipping, target_share=0.0),
     "ours": _skipping,
     "ours_everywhere": partial(_skipping, where="everywhere"),
-    "ours_tail": partial(_skipping, tail_share=0.75),
+    "ours_tail": partial(_skipping, where="everywhere", tail_share=0.75),
     "random_lookups": _skipping,
     "ours_hot_rows": partial(_hot_rows, target_share=0.0),
     "ours_all": partial(_hot_rows, target_share=0.5),

@@ -36,7 +36,7 @@ class Slipstream:
     Args:
         model: a ``DistributedModelParallel`` model, or any module tree that contains FBGEMM TBEs. Several embedding
             collections are fine. Its parameters, state_dict keys and fused optimizer stay exactly TorchRec's.
-        config: the knobs; the defaults leave out half of the look-ups' updates after 100 steps.
+        config: the knobs; the defaults leave out half of the look-ups' updates after 100 steps, where that saves time.
         placement: which rows are hot at first, as a :class:`SlipstreamPlanner` with ``backing="uvm"`` planned them
             together with the model's sharding (``planner.placement``). They get fast memory in an overlay, with their
             optimizer state; checkpoints do not know. None: no rows, or those that re-plans find
@@ -259,8 +259,9 @@ class Slipstream:
 
         Save it a rank at a time, beside the model's checkpoint, between two steps. In the middle of an epoch it holds
         the samples that :meth:`inputs` has read and that were not trained on yet; after its last step, the next epoch
-        is to come. A run resumed on the same sharding then equals an uninterrupted one bit for bit (re-plans go by the
-        clock as well, but with ``max_stall_share=None``); without it, or on another sharding, rows are tracked afresh.
+        is to come. A run resumed on the same sharding then equals an uninterrupted one bit for bit, as far as no clock has
+        a say: with ``StalenessConfig(where="everywhere")``, and where rows move, ``PlacementConfig(max_stall_share=
+        None)``. Without it, or on another sharding, rows are tracked afresh.
         """
         return {
             "version": STATE_VERSION,

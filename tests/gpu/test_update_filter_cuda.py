@@ -144,9 +144,7 @@ def test_forward_does_not_wait_for_the_device(pooling: PoolingMode) -> None:
 def test_session_of_a_hundred_steps(selection: str, location: EmbeddingLocation) -> None:
     _, ours = pair(PoolingMode.SUM, location)
     start = table_states(ours)
-    config = StalenessConfig(
-        where="everywhere", selection=selection, interval=10, warmup_steps=20, max_table_share=1.0
-    )
+    config = StalenessConfig(where="everywhere", selection=selection, interval=10, warmup_steps=20, max_table_share=1.0)
     session = Slipstream(nn.ModuleList([ours]), SlipstreamConfig(staleness=config))
     generator = torch.Generator().manual_seed(0)
     for step in range(100):
