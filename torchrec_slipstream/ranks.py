@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,6 +64,15 @@ class Ranks:
         gathered: list[Any] = [None] * self.number
         dist.all_gather_object(gathered, mine, group=self.group)
         return gathered
+
+    def rest(self) -> None:
+        """For after the last of several collectives, which may be the last of the program.
+
+        HACK: gloo's thread still holds the tensors of the last one, and needs Python's lock to let them go. A program
+        that ends before it has had that, as after printing a report, is aborted by C++ (torch 2.11 to 2.13).
+        """
+        if self.number > 1:
+            time.sleep(0.005)  # which hands the lock over
 
     def each(self, mine: npt.NDArray[np.uint8], sizes: Sequence[int]) -> Iterator[npt.NDArray[np.uint8]]:
         """Every rank's bytes in turn; ``sizes``: how many each has."""

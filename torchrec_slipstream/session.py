@@ -220,7 +220,7 @@ class Slipstream:
 
     def report(self) -> Report:
         """What happened so far, over all ranks (a collective call: every rank must make it)."""
-        return report_of(
+        report = report_of(
             self.config,
             self._around.model,
             self._filters,
@@ -231,6 +231,8 @@ class Slipstream:
             seconds=time.perf_counter() - self._began,
             first_step=self._first_step,
         )
+        self._ranks.rest()
+        return report
 
     @overload
     def access_profile(self) -> AccessProfile: ...
@@ -252,16 +254,18 @@ class Slipstream:
         Raises:
             ProfileError: nothing is counted, or the group has no rank ``dst``.
         """
-        return self._counts.profile(self._ranks, dst)
+        profile = self._counts.profile(self._ranks, dst)
+        self._ranks.rest()
+        return profile
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the model and its optimizers. Tensors only of this rank's shards.
 
         Save it a rank at a time, beside the model's checkpoint, between two steps. In the middle of an epoch it holds
         the samples that :meth:`inputs` has read and that were not trained on yet; after its last step, the next epoch
-        is to come. A run resumed on the same sharding then equals an uninterrupted one bit for bit, as far as no clock has
-        a say: with ``StalenessConfig(where="everywhere")``, and where rows move, ``PlacementConfig(max_stall_share=
-        None)``. Without it, or on another sharding, rows are tracked afresh.
+        is to come. A run resumed on the same sharding then equals an uninterrupted one bit for bit, as far as no clock
+        has a say: with ``StalenessConfig(where="everywhere")``, and ``PlacementConfig(max_stall_share=None)`` where
+        rows move. Without it, or on another sharding, rows are tracked afresh.
         """
         return {
             "version": STATE_VERSION,

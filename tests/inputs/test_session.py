@@ -224,7 +224,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
         (lambda s: s["inputs"]["config"].update(method="random"), "method='random', this one by 'negatives'"),
         (lambda s: s["inputs"].update(rank=[1, 2]), "rank 1 of 2, and this is rank 0 of 1"),
         (lambda s: s.update(inputs=None), "method='off', this one by 'negatives'"),
-        (lambda s: s.update(version=3), "version 3, which does not say which inputs were read; .* version 5"),
+        (lambda s: s.update(version=3), "version 3, which does not say which inputs were read; .* version 6"),
         (lambda s: s.pop("inputs"), "not a Slipstream state"),
     ):
         other = copy.deepcopy(state)

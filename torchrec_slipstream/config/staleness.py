@@ -99,7 +99,7 @@ class StalenessConfig:
     """Weight of the past in a row's look-up rate at each decision, in ``[0, 1)``."""
 
     memory_bytes: int = 256 * 2**20
-    """Bytes for the state of rows that may be stale (34 a row, plus a snapshot of its weights where the signal needs
+    """Bytes for the state of rows that may be stale (33 a row, plus a snapshot of its weights where the signal needs
     one). The most-touched rows come first; the others stay live. Besides, 1 byte for every row of every counted table
     (and 4 for its count, see :class:`AccessConfig`)."""
 

@@ -25,7 +25,6 @@ class RowPool:
         state: float32 ``[n]``, the optimizer's mean sum of squares at the last decision (0 where it has none).
         snapshots: a ``[n_s, dim_s]`` tensor a shard: the weights at the last decision of the shard's rows (in
             order), or no column where the signal needs none. NaN where a row had no snapshot yet.
-        fresh: int64, positions of the rows that the last move added; None before the first.
     """
 
     rows: Tensor
@@ -37,9 +36,8 @@ class RowPool:
     thawed: Tensor
     state: Tensor
     snapshots: list[Tensor]
-    fresh: Tensor | None = None
 
-    STATE_BYTES = 8 + 6 * 4 + 2
+    STATE_BYTES = 8 + 6 * 4 + 1
 
     @staticmethod
     def empty(device: torch.device, snapshot_dims: list[int], snapshot_dtype: torch.dtype) -> RowPool:
@@ -64,7 +62,7 @@ class RowPool:
 
     def moved_to(
         self, rows: Tensor, touches: Tensor, decisions: int, shard_begins: Tensor, *, signals: bool = True
-    ) -> RowPool:
+    ) -> tuple[RowPool, Tensor]:
         """The pool of ``rows`` instead: known rows keep their state, new ones start as live and wholly trained.
 
         Args:
@@ -73,10 +71,13 @@ class RowPool:
             decisions: intervals so far, this one included; at least 1.
             shard_begins: int64, first row of each shard.
             signals: False leaves what only a signal looks at (updates, score, state) zero.
+
+        Returns:
+            The pool, and the positions in it of the rows that are new: int64.
         """
         shared = _shared(self.rows, rows)
         if shared.are_all:
-            return replace(self, fresh=shared.others)
+            return replace(self), shared.others
 
         def kept(values: Tensor, otherwise: Tensor | float) -> Tensor:
             new = torch.zeros_like(rows, dtype=values.dtype) + otherwise  # scattering into it takes half of a where()
@@ -96,11 +97,10 @@ class RowPool:
             thawed=kept(self.thawed, False),
             state=of_signal(self.state, 0.0),
             snapshots=self.snapshots,
-            fresh=shared.others,
         )
         if any(snapshot.shape[1] for snapshot in self.snapshots):
             moved.snapshots = self._moved_snapshots(shared, moved.bounds(shard_begins), self.bounds(shard_begins))
-        return moved
+        return moved, shared.others
 
     def _moved_snapshots(self, shared: _Shared, now: list[int], before: list[int]) -> list[Tensor]:
         moved = []
@@ -114,8 +114,8 @@ class RowPool:
         return moved
 
     def part(self, begin: int, end: int, shard: int) -> dict[str, Tensor]:
-        """Of one shard's rows every field but ``fresh``: views, no copies."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("snapshots", "fresh")}
+        """Of one shard's rows every field: views, no copies."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "snapshots"}
         return {name: value[begin:end] for name, value in values.items()} | {"snapshots": self.snapshots[shard]}
 
 

@@ -65,9 +65,8 @@ class TrackedTbe:
         rows = self._pool_rows()
         touches = self.filter.touches.index_select(0, rows)
         scaled = touches.float() * self.scale
-        pool = self.pool.moved_to(rows, scaled, intervals, self.shard_begins, signals=self.signal is not None)
-        fresh = pool.fresh
-        assert fresh is not None
+        has_signal = self.signal is not None
+        pool, fresh = self.pool.moved_to(rows, scaled, intervals, self.shard_begins, signals=has_signal)
         new_touches = (touches - pool.seen).float() * self.scale
         rate = (decay * pool.rate).add_(new_touches, alpha=(1.0 - decay) / passed)
         pool.rate = rate.index_copy_(0, fresh, pool.rate[fresh])
