@@ -83,6 +83,7 @@ test-versions: venv  ## run the tests on each torchrec that is supported (ten mi
 	    --make "TORCH_INDEX=$(TORCH_INDEX)" "PIP_FLAGS=$(PIP_FLAGS)"
 
 bench: venv  ## run every benchmark that a laptop can (a quarter of an hour)
+	@[ -s benchmarks/laptop.txt ] || { echo "make bench: benchmarks/laptop.txt lists no question" >&2; exit 1; }
 	@failed=; while read -r question; do \
 	    echo "=== python -m benchmarks.$$question ($$SECONDS s so far)"; \
 	    $(PY) -W ignore -m benchmarks.$$question </dev/null || failed="$$failed $${question%% *}"; \

@@ -212,7 +212,16 @@ def test_truncated_state_changes_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("steps", "many"), ("trial_left", [1]), ("sampling", [1.0]), ("decisions", [{"step": 3}]), ("intervals", None)],
+    [
+        ("steps", "many"),
+        ("intervals", None),
+        ("skipping_intervals", -3),
+        ("trial_left", [1]),
+        ("trial_left", -1),
+        ("trial_left", 1000),
+        ("sampling", [1.0]),
+        ("decisions", [{"step": 3}]),
+    ],
 )
 def test_malformed_state_changes_nothing(key: str, value: object) -> None:
     tbe = make_tbe(ROWS, (8, 8))

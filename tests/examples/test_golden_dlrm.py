@@ -97,9 +97,11 @@ def test_with_the_switch_rows_are_planned_and_updates_skipped(capsys: pytest.Cap
     assert ranks == 1
     assert loss < 0.66
     assert sum(line.split()[0].count(".t_cat_") for line in printed.splitlines() if line.strip()) == 26
-    skipped = re.search(r"since skipping began ([\d.]+)% of look-ups had their update left out", printed)
+    # 64 samples a step are too few for skipping to save time: half of the trials' steps left half of their look-ups out.
+    skipped = re.search(r"^all tables .* ([\d.]+)%$", printed, re.MULTILINE)
     assert skipped is not None
-    assert 20 < float(skipped[1]) < 80
+    assert 5 < float(skipped[1]) < 20
+    assert re.search(r"[\d.]+ ms a step with all updates, [\d.]+ with some left out .*: left alone", printed)
     assert not torch.distributed.is_initialized()
 
 

@@ -17,6 +17,7 @@ from torchrec_slipstream.report import charts, svg
 from torchrec_slipstream.report.inputs import ClassCount, DropCount, LaneCount
 from torchrec_slipstream.report.octaves import Octaves
 from torchrec_slipstream.report.page import page
+from torchrec_slipstream.report.payoff import Payoff
 from torchrec_slipstream.report.placement import HitPoint, PlacementReport, Replan
 from torchrec_slipstream.report.record import RunRecord
 from torchrec_slipstream.report.report import Decision, Report
@@ -238,6 +239,19 @@ def test_what_was_not_recorded_leaves_no_empty_chart(run: RunRecord) -> None:
     assert not any("Hit rate" in str(title) or "re-plans" in str(title) for title in only_skipping.charts)
     assert "fast memory (planned)" not in only_skipping.text
     assert "predicted" not in only_skipping.text
+
+
+def test_what_leaving_out_costs_and_saves_is_told_by_tbe(run: RunRecord) -> None:
+    report = run.report
+    assert report is not None
+    assert "What leaving updates out costs and saves" not in Page(page([run])).text, "nothing was tried"
+    tried = [
+        Payoff(["m.<b>t_1", "m.t_2"], 0, 1132, 20.25, 12.5, pays=True),
+        Payoff(["m.t_3"], 1, 1132, 1.0, 2.0, pays=False),
+    ]
+    text = Page(page([replace(run, report=replace(report, payoffs=tried))])).text
+    assert "2 tables (m.<b>t_1, ...)\n0\n1,132\n20.25\n12.50\nleft out\n" in text
+    assert "m.t_3\n1\n1,132\n1.00\n2.00\nall made\n" in text
 
 
 def test_runs_stand_side_by_side(run: RunRecord) -> None:

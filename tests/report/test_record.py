@@ -17,12 +17,15 @@ import torch
 from tests.report.runs import dlrm_run, input_report, session_report
 from torchrec_slipstream import ConfigError, Report
 from torchrec_slipstream.report.page import page
+from torchrec_slipstream.report.payoff import Payoff
 from torchrec_slipstream.report.record import FORMAT, RunRecord, load, load_all
 
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    return session_report()
+    found = session_report(where="faster")
+    assert len(found.payoffs) == 1
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +157,7 @@ def test_every_wrong_value_is_refused_or_drawn(run: dict[str, Any]) -> None:
     inputs = run["slipstream"]["inputs"] = json.loads(json.dumps(input_report("thinning").to_dict()))
     for counts in ("features", "tables", "lanes"):
         inputs[counts] = dict(list(inputs[counts].items())[:1])
+    run["slipstream"]["payoffs"] = [Payoff(["m.t_1"], 0, 132, 2.0, 3.0, pays=False).to_dict()]
     text = json.dumps(run)
     refused = 0
     for path in _places(run):

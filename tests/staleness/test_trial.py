@@ -14,9 +14,9 @@ from torch import nn
 
 from tests.staleness.test_tracker import ROWS, config, train
 from tests.tables import TBE, Lookups, make_tbe, table_states
-from torchrec_slipstream import Report, Slipstream
+from torchrec_slipstream import Report, Slipstream, StalenessConfig
 from torchrec_slipstream.report.payoff import Payoff
-from torchrec_slipstream.staleness import trial
+from torchrec_slipstream.staleness import choosing, trial
 from torchrec_slipstream.staleness.trial import TRIAL_STEPS
 
 # With 120 look-ups a step, choosing takes several times what there is to save; with 40,000 in a table of 120 MB, a
@@ -150,6 +150,22 @@ def test_a_resumed_session_knows_what_was_found() -> None:
     assert resumed.report().total.skipped == skipped
 
 
+def test_all_tbes_have_one_sampling_also_those_left_alone() -> None:
+    """For it is saved once."""
+    small, large = make_tbe((60,), (8,)), make_tbe(WIDE[:1], WIDE[1:])
+    session = Slipstream(nn.ModuleList([small, large]), faster(target_share=0.8, warmup_steps=10, min_touches=1))
+    for step in range(61):
+        step_of(small, step, rows=60, bags=30, length=1)
+        wide_step(large, step)
+        session.step()
+    assert [one.any_stale for one in session._filters] == [False, True]
+    assert session._filters[0].sampling == session._filters[1].sampling
+    saved = session.state_dict()["staleness"]["sampling"]
+    resumed = Slipstream(nn.ModuleList([make_tbe((60,), (8,)), make_tbe(WIDE[:1], WIDE[1:])]), session.config)
+    resumed.load_state_dict(session.state_dict())
+    assert [[one.sampling.scale, one.sampling.least] for one in resumed._filters if one.sampling] == [saved, saved]
+
+
 def test_a_trial_that_resuming_cut_short_changes_nothing() -> None:
     tbe = make_tbe(ROWS, (8, 8))
     session = Slipstream(tbe, faster(interval=40))
@@ -186,6 +202,21 @@ def test_payoffs_are_written_for_people() -> None:
 # ------------------------------------------------------------------------------------------ decisions become rarer
 
 
+def test_the_first_interval_after_a_trial_brings_a_decision() -> None:
+    """Whatever was chosen together with those that lost must not last until the next regular one."""
+    for interval, after in ((50, 1), (10, 4), (1, TRIAL_STEPS)):
+        staleness = StalenessConfig(interval=interval)
+        for begin in (16, 64, 1024):
+            assert choosing.decides(staleness, begin)
+            assert choosing.decides(staleness, begin + after)
+        regular = choosing.gap(staleness, 1024)
+        assert choosing.until_next(staleness, 1024) == after
+        assert choosing.until_next(staleness, 1024 + after) == regular - after
+        everywhere = StalenessConfig(interval=interval, where="everywhere")
+        assert choosing.until_next(everywhere, 1024) == regular
+        assert not choosing.decides(everywhere, 1024 + after)
+
+
 @pytest.mark.parametrize("selection", ["sampling", "threshold"])
 def test_decisions_of_sampling_become_rarer_and_the_share_stays(selection: str) -> None:
     tbe = make_tbe(ROWS, (8, 8))
@@ -207,15 +238,63 @@ def test_decisions_of_sampling_become_rarer_and_the_share_stays(selection: str) 
 
 def test_what_was_observed_late_is_still_by_interval() -> None:
     """A TBE that was left alone for a while takes in several intervals at once."""
-    sessions = [Slipstream(make_tbe((20,), (4,)), config(interval=10**6)) for _ in range(2)]
+    sessions = [Slipstream(make_tbe((20,), (4,)), config(interval=10**6, min_touches=1)) for _ in range(2)]
     often, late = (session._tracker._tbes[0] for session in sessions)
     for step in range(1, 13):
         for session in sessions:
             session._filters[0].counting = True
-            Lookups(torch.arange(20), torch.arange(21)).run(session._filters[0].tbe).sum().backward()
+            rows = torch.arange(20).repeat(1 if step <= 4 else 3)
+            Lookups(rows, torch.arange(len(rows) + 1)).run(session._filters[0].tbe).sum().backward()
         often.observe(step)
         if step in (4, 12):
             late.observe(step)
+    past = 0.5**8  # rate_decay, and eight intervals since the rate changed
     for one in (often, late):
-        assert one.table_rate.tolist() == pytest.approx([20.0])
-        assert one.pool.rate.tolist() == pytest.approx([1.0] * 20)
+        assert one.table_rate.tolist() == pytest.approx([past * 20.0 + (1 - past) * 60.0])
+        assert one.pool.rate.tolist() == pytest.approx([past * 1.0 + (1 - past) * 3.0] * 20)
+
+
+@pytest.mark.parametrize("selection", ["duty", "threshold"])
+def test_updates_of_a_trials_stock_steps_count(selection: str) -> None:
+    """What a signal divides a row's movement by: the updates that ran since the decision before."""
+    tbe = make_tbe(ROWS, (8, 8))
+    session = Slipstream(tbe, faster(selection=selection, signal="movement", interval=40, warmup_steps=80))
+    train(tbe, session, range(80))
+    one = session._tracker._tbes[0]
+    rows, before, duty = one.pool.rows.clone(), one.pool.updates.clone(), one.pool.duty.clone()
+    touched = one.filter.touches.clone()
+    train(tbe, session, range(80, 120))
+    known = torch.isin(one.pool.rows, rows)
+    touches = (one.filter.touches - touched)[rows].float()
+    counted = (one.pool.updates[known] - before).double()
+    # 16 of the 40 steps left updates out: the others ran stock, in the trial and, as it did not pay, after it.
+    assert not session.report().payoffs[0].pays
+    torch.testing.assert_close(counted, (touches * (1 - 16 / 40 * (1 - duty))).double(), rtol=1e-4, atol=1e-3)
+    assert bool((duty < 0.5).any())
+
+
+def test_what_a_loser_could_not_leave_out_is_no_debt_of_the_others() -> None:
+    """Nearly all look-ups of one TBE are of a table that is excluded; it does not pay."""
+    bound = make_tbe((1000, 50), (4, 4), table_names=["excluded", "small"])
+    free = make_tbe(WIDE[:1], WIDE[1:], table_names=["free"])
+    changes = {"warmup_steps": 10, "min_touches": 1, "exclude_tables": ("excluded",)}
+    session = Slipstream(nn.ModuleList([bound, free]), faster(**changes))
+    (of_bound, of_free) = session._filters
+    offsets = torch.cat([torch.arange(0, 100_001, 1000), 100_000 + torch.arange(1, 101)])
+    shares = []
+    for step in range(160):
+        before = int(of_free.skipped.sum())
+        generator = torch.Generator().manual_seed(step)
+        rows = [torch.randint(0, of, (count,), generator=generator) for of, count in ((1000, 100_000), (50, 100))]
+        output = Lookups(torch.cat(rows), offsets).run(bound)
+        output.backward(torch.randn(output.shape, generator=generator))
+        wide_step(free, step)
+        session.step()
+        shares.append((int(of_free.skipped.sum()) - before) / _LOOKUPS)
+    found = {one.tables[-1].split(".")[-1]: one.pays for one in session.report().payoffs}
+    assert found == {"small": False, "free": True}
+    assert 0 < int(of_bound.skipped.sum()) < 100 * 160
+    assert int(of_free.skipped.sum()) == pytest.approx(0.5 * int(of_free.offered.sum()), rel=0.15)
+    # Of both together half is asked for in trials, which the one that can makes up for after them.
+    assert max(shares[10:42]) > 0.9
+    assert sum(shares[60:80] + shares[140:160]) / 40 == pytest.approx(0.4, abs=0.15)

@@ -27,7 +27,7 @@ def test_a_span_lasts_from_its_start_to_its_last_stop() -> None:
     first = span.seconds()
     time.sleep(0.01)
     span.stop()
-    assert 0.01 <= first < 0.02 < span.seconds() + 0.001
+    assert 0.01 <= first <= span.seconds() - 0.01
 
 
 @pytest.mark.parametrize("pooling", [PoolingMode.SUM, PoolingMode.MEAN, PoolingMode.NONE])

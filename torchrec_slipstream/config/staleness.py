@@ -38,9 +38,9 @@ class StalenessConfig:
     """Of which TBEs updates are left out. ``"faster"``: of those whose forward and backward together take at least 5%
     less time so, choosing and deciding included. That is tried out in 32 steps, half of them stock, when skipping
     begins, and again after 1, 3, 7, 15 and so on further intervals, on each rank for itself; the report says what was
-    measured. What choosing costs hardly depends on the batch, what it saves does: small batches are left alone. As
-    times differ from run to run, so may the model where it is a close call. ``"everywhere"``: of all, untimed, so that
-    runs repeat bit for bit."""
+    measured. Until a TBE was tried, its updates are left out. What choosing costs hardly depends on the batch, what it
+    saves does: small batches are left alone. As times differ from run to run, so may the model where it is a close
+    call. ``"everywhere"``: of all, untimed, so that runs repeat bit for bit."""
 
     selection: str = "sampling"
     """Which look-ups of trained rows are left out. ``"sampling"`` (ours): each is kept with a probability

@@ -59,7 +59,7 @@ class Octaves:
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Octaves:
         """What :meth:`to_dict` wrote."""
-        return Octaves(values["lowest"], list(values["counts"]))
+        return Octaves(values["lowest"], list(values["counts"]) or ())
 
     def _trimmed(self) -> Octaves:
         there = [i for i, count in enumerate(self.counts) if count]

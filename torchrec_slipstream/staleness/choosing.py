@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 from torchrec_slipstream.config import StalenessConfig
 from torchrec_slipstream.staleness import selection
 from torchrec_slipstream.staleness.tracked_tbe import TrackedTbe
+from torchrec_slipstream.staleness.trial import TRIAL_STEPS, begins_with
 from torchrec_slipstream.tbe import Sampling
 
 
 def gap(config: StalenessConfig, interval: int) -> int:
-    """Intervals between two decisions, as of this one, counted from 1 where skipping began.
+    """Intervals between two regular decisions, as of this one, counted from 1 where skipping began.
 
     Under sampling a decision only takes in the rows that have become trained meanwhile, and these are safe without:
     they are live. So from the 16th on, decisions become rarer as the run becomes longer: 8 an octave.
@@ -23,8 +25,18 @@ def gap(config: StalenessConfig, interval: int) -> int:
 
 
 def decides(config: StalenessConfig, interval: int) -> bool:
-    """Whether the end of this interval brings a decision."""
-    return interval % gap(config, interval) == 0
+    """Whether the end of this interval brings a decision, counted as :func:`gap` does.
+
+    The first after a trial does: what was chosen together with those that lost is not for those that are left.
+    """
+    tried = interval - -(-TRIAL_STEPS // config.interval)
+    after_trial = config.where == "faster" and tried > 0 and begins_with(tried)
+    return after_trial or interval % gap(config, interval) == 0
+
+
+def until_next(config: StalenessConfig, interval: int) -> int:
+    """Intervals from this decision to the next."""
+    return next(ahead for ahead in itertools.count(1) if decides(config, interval + ahead))
 
 
 def choose_sampling(

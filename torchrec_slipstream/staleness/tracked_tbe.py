@@ -14,7 +14,7 @@ from torchrec_slipstream.staleness import selection
 from torchrec_slipstream.staleness.pool import RowPool
 from torchrec_slipstream.staleness.signals import SIGNALS, RowView, Signal
 from torchrec_slipstream.staleness.trial import Trial
-from torchrec_slipstream.tbe import Sampling, UpdateFilter
+from torchrec_slipstream.tbe import UpdateFilter
 from torchrec_slipstream.tbe.compaction import positions_of
 from torchrec_slipstream.tbe.update_filter import ALWAYS_LIVE
 
@@ -26,6 +26,7 @@ class TrackedTbe:
 
     Attributes:
         trial: whether leaving its updates out pays.
+        forgets: whether the next gradients to be watched take the place of those before.
     """
 
     def __init__(self, update_filter: UpdateFilter, config: StalenessConfig, scale: int) -> None:
@@ -46,7 +47,9 @@ class TrackedTbe:
         self.table_rate = torch.zeros(len(shards), dtype=torch.float64, device=device)
         self._table_seen = torch.zeros(len(shards), dtype=torch.int64, device=device)
         self._observed = 0  # the interval that was taken in last
+        self._offered_seen = 0
         self.trial = Trial(update_filter)
+        self.forgets = False
         update_filter.followers.append(self._follow_lowering)
         self._feature_table = torch.tensor(update_filter.feature_table, dtype=torch.int64, device=device)
 
@@ -72,10 +75,14 @@ class TrackedTbe:
         pool.rate = rate.index_copy_(0, fresh, pool.rate[fresh])
         pool.seen = touches
         self.pool = pool
+        offered = int(self.filter.offered.sum())
         if self.signal is not None:
-            new_updates = new_touches * pool.duty
+            # In the steps that left nothing out, as a trial's every other one, all rows were live.
+            active = min(1.0, (offered - self._offered_seen) / max(1.0, float(new.sum()) * passed))
+            new_updates = new_touches * (1.0 - active * (1.0 - pool.duty))
             pool.updates = (pool.updates + new_updates).index_copy_(0, fresh, pool.updates[fresh])
             self._score(self.signal, new_updates)
+        self._offered_seen = offered
 
     def _pool_rows(self) -> Tensor:
         """Ascending rows with enough touches, the most-touched ones where memory does not hold all."""
@@ -146,8 +153,9 @@ class TrackedTbe:
         """bool ``[n]``, the rows whose turn it is to be live through the coming interval."""
         return (self.pool.rows + intervals) % self.config.thaw_every == 0
 
-    def apply_sampling(self, chosen: Sampling, left_out: float, popular: float) -> Tensor:
-        """Let the look-ups of the pool's rows be sampled; float64 ``[5]`` as :meth:`apply`.
+    def apply_sampling(self, left_out: float, popular: float) -> Tensor:
+        """Let the look-ups of the pool's rows be sampled, as the filter's ``sampling`` says; float64 ``[5]`` as
+        :meth:`apply`.
 
         ``left_out`` is the share of the sampled rows' look-ups that is expected to be left out, ``popular`` the
         look-ups an interval from which on a row stays live.
@@ -156,7 +164,6 @@ class TrackedTbe:
         sampled = pool.rate < popular
         rows = pool.rows if bool(sampled.all()) else pool.rows[sampled]
         self.filter.set_patterns(rows, torch.zeros((), dtype=torch.uint8, device=rows.device))
-        self.filter.sampling = chosen
         return self._set_duty(torch.where(sampled, 1.0 - left_out, 1.0))
 
     def apply(self, duty: Tensor, decision: int) -> Tensor:
@@ -169,10 +176,8 @@ class TrackedTbe:
 
     def leave_alone(self) -> None:
         """Let all rows be live, until the next :meth:`apply`."""
-        pool = self.pool
-        self.filter.set_patterns(pool.rows[:0], torch.zeros((), dtype=torch.uint8, device=pool.rows.device))
-        pool.duty = torch.ones_like(pool.duty)
-        pool.thawed = torch.zeros_like(pool.thawed)
+        rows = self.pool.rows[:0]  # whose duty stays: the next observation is also of the steps before
+        self.filter.set_patterns(rows, torch.zeros((), dtype=torch.uint8, device=rows.device))
 
     def _set_duty(self, duty: Tensor) -> Tensor:
         """Remember the duties, and which rows they thaw; what :meth:`apply` returns."""
@@ -222,7 +227,7 @@ class TrackedTbe:
                 "skipped": one.skipped[features],
                 "table_rate": self.table_rate[i],
                 "table_seen": self._table_seen[i],
-                "observed": torch.tensor(self._observed),
+                "observed": torch.tensor([self._observed, self._offered_seen]),
                 "trial": self.trial.state(),
                 # What the coming decision has seen of the gradients; with the first shard, as they are the TBE's.
                 "magnitudes": torch.cat([none, *(one.magnitudes if i == 0 else [])]),
@@ -253,6 +258,8 @@ class TrackedTbe:
                         f"shard {shard.key}: the saved state has {name} of shape {tuple(saved[name].shape)}, this "
                         f"model needs {shape}"
                     )
+            if not Trial.is_state(saved["trial"]):
+                raise StateError(f"shard {shard.key}: the saved trial is {saved['trial'].tolist()}")
             rows = saved["pool.rows"]
             if rows.numel() and (int(rows[0]) < 0 or int(rows[-1]) >= shard.rows or not bool((rows.diff() > 0).all())):
                 raise StateError(f"shard {shard.key}: the saved rows are not ascending rows of {shard.rows}")
@@ -279,7 +286,7 @@ class TrackedTbe:
             setattr(pool, name, torch.cat(values))
         pool.snapshots = [part["pool.snapshots"].to(one.device) for part in parts]
         self.pool = pool
-        self._observed = int(parts[0]["observed"])
+        self._observed, self._offered_seen = parts[0]["observed"].tolist()
         self.trial.load(parts[0]["trial"], rank)
         one.counts.loaded()
         one.magnitudes = [parts[0]["magnitudes"].to(one.device)] if parts[0]["magnitudes"].numel() else []

@@ -1,4 +1,4 @@
-"""The staleness tracker: decides once an interval which updates are left out until the next.
+"""The staleness tracker: decides at the ends of intervals which updates are left out until the next decision.
 
 Between two decisions a step costs one gather, in the update filter: the look-ups are counted for the access profile
 anyway (``access/live.py``), and the same counts serve here. At a decision, every rank looks at its own rows and agrees
@@ -23,7 +23,7 @@ from torchrec_slipstream.report.report import Decision
 from torchrec_slipstream.report.thinning import thin
 from torchrec_slipstream.staleness import choosing, selection
 from torchrec_slipstream.staleness.tracked_tbe import TrackedTbe
-from torchrec_slipstream.staleness.trial import Trials
+from torchrec_slipstream.staleness.trial import TRIAL_STEPS, Trials
 from torchrec_slipstream.tbe import Sampling, UpdateFilter
 
 # How strongly the share left out is pulled back to its target: half of what is owed, in the coming interval.
@@ -61,13 +61,14 @@ class StalenessTracker:
         self.config = config
         self.filters = list(filters)
         self._device = self.filters[0].device if self.filters else device or torch.device("cpu")
-        self._total = total
+        self._total_of = total
         self.steps = 0
         self.seconds = 0.0
         self.decisions: list[Decision] = []
         self._intervals = 0
         self._skipping_intervals = 0  # since the decision that first found stale rows, that one included
-        self._decision_seconds = 0.0  # of the last one
+        self._decision_seconds = 0.0  # of the last one, but the first, which pays for what is made once
+        self._waited = 0.0  # of it, for other ranks
         self._rank = rank
         self._tbes = [TrackedTbe(one, config, scale) for one in self.filters]
         self._trials = Trials([tbe.trial for tbe in self._tbes], config)
@@ -75,6 +76,12 @@ class StalenessTracker:
         for tbe in self._tbes:
             tbe.capacity = config.memory_bytes * tbe.filter.patterns.numel() // max(1, rows) // tbe.row_bytes
         self._prepare_step()
+
+    def _total(self, values: Tensor) -> Tensor:
+        began = time.perf_counter()
+        total = self._total_of(values)
+        self._waited += time.perf_counter() - began
+        return total
 
     @property
     def _sampling(self) -> Sampling | None:
@@ -84,12 +91,13 @@ class StalenessTracker:
         """Call after every training step. At the end of an interval it decides."""
         began = time.perf_counter()
         self.steps += 1
-        if self._trials.end_step():
+        if trial_ends := self._trials.end_step():
             self._end_trial()
         for one in self.filters:
             one.lower_high()
-        if self.steps % self.config.interval == 0:
+        if interval_ends := self.steps % self.config.interval == 0:
             self._decide()
+        if trial_ends or interval_ends:
             self.seconds += time.perf_counter() - began
         self._prepare_step()
 
@@ -103,9 +111,12 @@ class StalenessTracker:
             one.phase = self.steps % selection.PHASES
             one.step = self.steps
             one.active = self._skipping_intervals > 0 and self._trials.skip(tbe.trial)
-            one.watching = watches and (self._trials.are_open_to(tbe.trial) or self._trials.are_due(coming))
+            one.watching = watches and self._trials.may_watch(tbe.trial, coming)
             if decides_next and to_go == min(_WATCHED_STEPS, self.config.interval):
+                tbe.forgets = True
+            if one.watching and tbe.forgets:
                 one.magnitudes.clear()
+                tbe.forgets = False
         self._trials.prepare_step()
 
     def _end_trial(self) -> None:
@@ -126,7 +137,6 @@ class StalenessTracker:
 
     @torch.no_grad()
     def _decide(self) -> None:
-        began = time.perf_counter()
         self._intervals += 1
         config = self.config
         # A signal compares with the decision before, so the warm-up's last interval is enough to look at.
@@ -138,22 +148,26 @@ class StalenessTracker:
                 self._trials.begin()
             if not choosing.decides(config, self._skipping_intervals):
                 return
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # a decision waits anyway, and training's kernels are not its time
+        began, self._waited = time.perf_counter(), 0.0
         tried = [tbe for tbe in self._tbes if self._trials.are_open_to(tbe.trial)]
         for tbe in tried:
             tbe.observe(self._intervals)
         if self.steps < config.warmup_steps:
             return
-        sums = self._global_sums(tried)
-        table_rate, offered, skipped = (float(value) for value in sums)
+        table_rate, offered, skipped, all_offered, all_skipped = self._global_sums(tried).tolist()
         owed = config.target_share * offered - skipped
-        coming = table_rate * choosing.gap(config, self._skipping_intervals)
+        coming = table_rate * choosing.until_next(config, max(1, self._skipping_intervals))
         share = config.target_share + _FEEDBACK * owed / max(coming, 1.0)
         wanted = torch.tensor(min(max(share, 0.0), 0.99) * table_rate, dtype=torch.float64)
         counts = torch.zeros(5, dtype=torch.float64)
         if config.selection == "sampling":
             chosen, left_out, popular = choosing.choose_sampling(config, tried, wanted, self._total)
+            for one in self.filters:  # also of those left alone, so that all have one: that is what is saved
+                one.sampling = chosen
             for tbe in tried:
-                counts += tbe.apply_sampling(chosen, left_out, popular)
+                counts += tbe.apply_sampling(left_out, popular)
         else:
             duties = choosing.choose_duties(config, tried, wanted, table_rate, self._intervals, self._total)
             for tbe, duty in zip(tried, duties, strict=True):
@@ -163,7 +177,8 @@ class StalenessTracker:
             self._skipping_intervals = 1
             if self._trials.are_due(1):
                 self._trials.begin()
-        self._decision_seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - began - self._waited
+        self._decision_seconds = seconds if self.decisions else 0.0
         self.decisions.append(
             Decision(
                 step=self.steps,
@@ -171,21 +186,27 @@ class StalenessTracker:
                 stale_rows=int(stale),
                 thawed_rows=int(thawed),
                 refrozen_rows=int(refrozen),
-                measured_share=skipped / max(offered, 1),
+                measured_share=all_skipped / max(all_offered, 1),
                 expected_share=left_out / max(table_rate, 1.0),
-                seconds=self._decision_seconds,
+                seconds=seconds,
             )
         )
         thin(self.decisions, Decision.join)
 
     def _global_sums(self, tried: Sequence[TrackedTbe]) -> Tensor:
-        """float64 ``[3]`` over all ranks: look-ups an interval of those tried, look-ups offered and left out of all."""
-        sums = torch.zeros(3, dtype=torch.float64, device=self._device)
+        """float64 ``[5]`` over all ranks: of the TBEs tried, look-ups an interval, offered and left out; of all TBEs,
+        offered and left out.
+
+        What a TBE that is left alone could not leave out in its trials is no debt of the others.
+        """
+        sums = torch.zeros(5, dtype=torch.float64, device=self._device)
         for tbe in tried:
             sums[0] += tbe.table_rate.sum()
-        for tbe in self._tbes:
             sums[1] += tbe.filter.offered.sum()
             sums[2] += tbe.filter.skipped.sum()
+        for tbe in self._tbes:
+            sums[3] += tbe.filter.offered.sum()
+            sums[4] += tbe.filter.skipped.sum()
         return self._total(sums)
 
     def spread(self) -> list[dict[str, Octaves]]:
@@ -242,7 +263,7 @@ class StalenessTracker:
         self.check(state)
         numbers, sampling, self.decisions = _progress(state)
         self.steps, self._intervals, self._skipping_intervals, self._trials.left = numbers
-        self._decision_seconds = self.decisions[-1].seconds if self.decisions else 0.0
+        self._decision_seconds = self.decisions[-1].seconds if len(self.decisions) > 1 else 0.0
         self.seconds = 0.0  # a report is of the time since
         for tbe in self._tbes:
             tbe.load(state["shards"], self._rank)
@@ -255,6 +276,8 @@ def _progress(state: dict[str, Any]) -> tuple[list[int], Sampling | None, list[D
     decisions. Raises StateError if they are malformed."""
     try:
         numbers = [int(state[name]) for name in ("steps", "intervals", "skipping_intervals", "trial_left")]
+        if min(numbers) < 0 or numbers[-1] > TRIAL_STEPS:
+            raise ValueError(f"steps, intervals, those with skipping and what is left of a trial are {numbers}")
         sampling = None if state["sampling"] is None else Sampling(*state["sampling"])
         decisions = [Decision(**decision) for decision in state["decisions"]]
         return numbers, sampling, decisions

@@ -23,7 +23,7 @@ from torchrec_slipstream.tbe import UpdateFilter
 from torchrec_slipstream.tbe.stopwatch import Stopwatch
 
 TRIAL_STEPS = 32
-"""Steps of one trial; with a median of 16 a kind, a TBE's time is known to a few percent on a busy machine."""
+"""Steps of one trial. Medians of 16 a kind tell a TBE's time to a few percent on a busy machine."""
 _LEAST_SAMPLES = 4
 # Of a TBE's time in a stock step, what has to be saved. Below that it could be noise; and updates are not left out for
 # nothing.
@@ -102,12 +102,18 @@ class Trial:
         found = [last.step, last.stock_ms, last.skipping_ms] if last is not None else [torch.nan] * 3
         return torch.tensor([float(self.pays), *found], dtype=torch.float64)
 
+    @staticmethod
+    def is_state(state: Tensor) -> bool:
+        """Whether :meth:`state` may have given this tensor, which is of its shape and dtype."""
+        pays, *found = state.tolist()
+        return pays in (0.0, 1.0) and (all(map(math.isnan, found)) or all(map(math.isfinite, found)))
+
     def load(self, state: Tensor, rank: int) -> None:
         """Restore what :meth:`state` gave."""
         pays, step, stock_ms, skipping_ms = state.tolist()
         self.begin()
         self.pays, self.last = bool(pays), None
-        if math.isfinite(step):
+        if not math.isnan(step):
             self.last = Payoff(self._tables(), rank, int(step), stock_ms, skipping_ms, self.pays)
 
 
@@ -146,12 +152,18 @@ class Trials:
     def _skips_now(self) -> bool:
         return skips(TRIAL_STEPS - self.left)
 
+    def may_watch(self, one: Trial, interval: int) -> bool:
+        """Whether the coming step's gradients may be looked at, for a decision at the end of this interval.
+
+        Not in a trial's stock steps, to which it would add what a step that skips has anyway.
+        """
+        return self._skips_now if self.left else one.pays or self.are_due(interval)
+
     def prepare_step(self) -> None:
         """Time the coming step if it is a trial's."""
         for one in self._trials:
             one.filter.stopwatch = None
-            # A watched step has work that others have not.
-            if self.left and one.filter.any_stale and not one.filter.watching:
+            if self.left and one.filter.any_stale:
                 one.watch(skips=self._skips_now)
 
     def end_step(self) -> bool:

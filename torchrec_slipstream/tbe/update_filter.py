@@ -98,6 +98,7 @@ class UpdateFilter(LookupCounter):
         if self.overlay is not None:
             self.overlay.release(for_good=True)
         swap_out(self.tbe)
+        self.stopwatch = None
         self.end_session = None  # or it would keep the session for as long as the collector likes
 
     def set_patterns(self, rows: Tensor, patterns: Tensor) -> None:
