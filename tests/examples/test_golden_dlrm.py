@@ -97,7 +97,7 @@ def test_with_the_switch_rows_are_planned_and_updates_skipped(capsys: pytest.Cap
     assert ranks == 1
     assert loss < 0.66
     assert sum(line.split()[0].count(".t_cat_") for line in printed.splitlines() if line.strip()) == 26
-    # 64 samples a step are too few for skipping to save time: half of the trials' steps left half of their look-ups out.
+    # 64 samples a step are too few for skipping to save time: half of the trials' steps left half of it out.
     skipped = re.search(r"^all tables .* ([\d.]+)%$", printed, re.MULTILINE)
     assert skipped is not None
     assert 5 < float(skipped[1]) < 20
