@@ -19,7 +19,9 @@ def show(runs: dict[str, Run]) -> str:
         "normalised entropy": lambda run: f"{run['test']['normalized_entropy']:.4f}",
         "log-loss": lambda run: f"{run['test']['log_loss']:.4f}",
         "look-ups skipped": lambda run: f"{run['slipstream']['skipped_share']:.1%}" if run["slipstream"] else "none",
-        "  while leaving out": lambda run: f"{run['slipstream']['measured_share']:.1%}" if run["slipstream"] else "none",
+        "  while leaving out": lambda run: (
+            f"{run['slipstream']['measured_share']:.1%}" if run["slipstream"] else "none"
+        ),
         "step, median ms": lambda run: f"{run['step_ms']['median']:.2f}",
         **{f"  {part}": lambda run, part=part: f"{run['step_ms'][part]:.2f}" for part in PARTS},  # type: ignore[misc]
         "tracker, of the time": lambda run: f"{run['tracker_share']:.1%}" if run["slipstream"] else "none",
