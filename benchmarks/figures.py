@@ -109,7 +109,7 @@ def throughput(records: Sequence[Record]) -> Figure:
     bars(below, others, lambda one: names.index(one.parameters["configuration"]), quality("auc_delta"))
     above.axhline(1, color="black", linewidth=1, zorder=0.9, label="torchrec_fused (stock)")
     below.axhline(0, color="black", linewidth=1)
-    below.set_xticks(range(len(names)), names)
+    below.set_xticks(range(len(names)), [name.replace("_bound_", "_bound\n") for name in names])
     below.tick_params(axis="x", length=0)
     above.set_ylabel("stock's step / the provider's")
     below.set_ylabel("AUC minus stock's")
