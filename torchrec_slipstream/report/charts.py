@@ -87,7 +87,7 @@ def over_time(runs: Sequence[RunRecord]) -> list[str]:
         figures.append(figure(title, chart, [*_legend(hits), *planned_too, *moved], note))
     if shares:
         title = "Updates left out, over steps"
-        note = "share of all look-ups since skipping began, as of each decision"
+        note = "share of the look-ups, since skipping began, in steps and tables that leave out, as of each decision"
         chart = svg.lines(title, shares, show=svg.percent, hover=svg.share, bounds=(0.0, None))
         figures.append(figure(title, chart, [*_legend(shares), ("target", svg.GREY)], note))
     return figures

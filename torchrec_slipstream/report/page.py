@@ -76,7 +76,7 @@ def _summary(runs: Sequence[RunRecord]) -> str:
         ("samples a second", lambda run: _fact(run, "samples_per_second")),
         ("whole step, median ms", lambda run: f"{run.step_ms['median']:.2f}" if "median" in run.step_ms else None),
         ("updates left out, whole run", lambda run: _of(run.report, lambda one: f"{one.total.skipped_share:.1%}")),
-        ("left out since skipping began (target)", _left_out),
+        ("left out, in steps and tables that leave out (target)", _left_out),
         ("inputs dropped (by)", _inputs_dropped),
         ("hit rate (planned)", lambda run: _placed(run, _hit_rate)),
         ("overlays' fast memory (planned)", lambda run: _placed(run, _memory)),

@@ -15,7 +15,7 @@ class Payoff:
         tables: names of the logical tables that the TBE holds, or has shards of.
         rank: whose TBE it is.
         step: of the session, when the trial ended.
-        stock_ms: milliseconds that the TBE's forward and backward take in a stock step, median.
+        stock_ms: milliseconds that the TBE's forward and backward take in a stock step, lower quartile.
         skipping_ms: the same with updates left out, all that chooses them included.
         pays: whether they are left out since.
     """
