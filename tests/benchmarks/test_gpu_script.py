@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,7 @@ def test_one_part_that_fails_stops_no_other(tmp_path: Path) -> None:
 def test_a_part_that_takes_too_long_is_cut_off(tmp_path: Path) -> None:
     done = run(tmp_path, "--device", "cpu", PYTHON=a_python(tmp_path, "sleep 100"), ONLY="floor", SECONDS_LEFT="50")
     assert done.returncode == 0
-    assert summary(done)["floor"].startswith("CUT OFF after 5 s")
+    assert re.fullmatch(r"CUT OFF after [5-9] s", summary(done)["floor"]), "5 s, and what a busy machine adds"
 
 
 def test_without_time_nothing_is_started(tmp_path: Path) -> None:
