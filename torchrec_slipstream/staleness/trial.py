@@ -2,7 +2,7 @@
 
 What a backward saves follows the look-ups left out; choosing them costs a step nearly the same whatever the batch. So
 there is a batch below which skipping loses time, and where it lies depends on the machine, the optimizer, the dims and
-the traffic: between two machines of one kind it was seen to differ by a factor of two. In a trial half of the steps run
+the traffic: between two machines of one name it was seen to differ several times over. In a trial half of the steps run
 stock, the others leave out what was chosen, and both are timed. A TBE that gains nothing is left alone, all its rows
 live, until the next trial.
 """
