@@ -117,9 +117,7 @@ class Slipstream:
             for one in found
         ]
         self._counts = LiveCounts(self._filters, access)
-        self._tracker = StalenessTracker(
-            self._filters, staleness, ranks.total, ranks.device, scale=access.scale, rank=ranks.mine
-        )
+        self._tracker = StalenessTracker(self._filters, staleness, ranks.total, ranks.device, scale=access.scale)
         return HotRows(
             self._filters,
             self.config.placement,

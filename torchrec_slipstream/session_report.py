@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import reduce
 from typing import Protocol, Self, TypeVar
 
@@ -58,7 +58,7 @@ def report_of(
         config=json.loads(json.dumps(asdict(config))),  # tuples as lists: what a file gives back is the same
         spread=_spread(tracker, ranks),
         inputs=_inputs(inputs, model, ranks),
-        payoffs=[one for part in ranks.gather(tracker.payoffs()) for one in part],
+        payoffs=[replace(one, rank=rank) for rank, of in enumerate(ranks.gather(tracker.payoffs())) for one in of],
     )
 
 

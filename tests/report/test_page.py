@@ -246,8 +246,8 @@ def test_what_leaving_out_costs_and_saves_is_told_by_tbe(run: RunRecord) -> None
     assert report is not None
     assert "What leaving updates out costs and saves" not in Page(page([run])).text, "nothing was tried"
     tried = [
-        Payoff(["m.<b>t_1", "m.t_2"], 0, 1132, 20.25, 12.5, pays=True),
-        Payoff(["m.t_3"], 1, 1132, 1.0, 2.0, pays=False),
+        Payoff(["m.<b>t_1", "m.t_2"], 1132, 20.25, 12.5, pays=True),
+        Payoff(["m.t_3"], 1132, 1.0, 2.0, pays=False, rank=1),
     ]
     text = Page(page([replace(run, report=replace(report, payoffs=tried))])).text
     assert "2 tables (m.<b>t_1, ...)\n0\n1,132\n20.25\n12.50\nleft out\n" in text

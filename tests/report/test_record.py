@@ -157,7 +157,7 @@ def test_every_wrong_value_is_refused_or_drawn(run: dict[str, Any]) -> None:
     inputs = run["slipstream"]["inputs"] = json.loads(json.dumps(input_report("thinning").to_dict()))
     for counts in ("features", "tables", "lanes"):
         inputs[counts] = dict(list(inputs[counts].items())[:1])
-    run["slipstream"]["payoffs"] = [Payoff(["m.t_1"], 0, 132, 2.0, 3.0, pays=False).to_dict()]
+    run["slipstream"]["payoffs"] = [Payoff(["m.t_1"], 132, 2.0, 3.0, pays=False).to_dict()]
     text = json.dumps(run)
     refused = 0
     for path in _places(run):

@@ -191,12 +191,12 @@ def test_everywhere_nothing_is_timed() -> None:
 
 
 def test_payoffs_are_written_for_people() -> None:
-    many = Payoff(["m.t_1", "m.t_2", "m.t_3"], 1, 1234, 20.0, 12.5, pays=True)
+    many = Payoff(["m.t_1", "m.t_2", "m.t_3"], 1234, 20.0, 12.5, pays=True, rank=1)
     assert str(many) == (
         "rank 1, 3 tables (m.t_1, ...): 20.00 ms a step with all updates, 12.50 with some left out (step 1,234): "
         "updates are left out"
     )
-    assert str(Payoff(["m.t_1"], 0, 9, 1.0, 2.0, pays=False)).startswith("rank 0, m.t_1: 1.00 ms")
+    assert str(Payoff(["m.t_1"], 9, 1.0, 2.0, pays=False)).startswith("rank 0, m.t_1: 1.00 ms")
 
 
 # ------------------------------------------------------------------------------------------ decisions become rarer

@@ -13,19 +13,19 @@ class Payoff:
 
     Attributes:
         tables: names of the logical tables that the TBE holds, or has shards of.
-        rank: whose TBE it is.
         step: of the session, when the trial ended.
         stock_ms: milliseconds that the TBE's forward and backward take in a stock step, lower quartile.
         skipping_ms: the same with updates left out, all that chooses them included.
         pays: whether they are left out since.
+        rank: whose TBE it is, as of when the ranks' are put together.
     """
 
     tables: list[str]
-    rank: int
     step: int
     stock_ms: float
     skipping_ms: float
     pays: bool
+    rank: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, fit for JSON."""

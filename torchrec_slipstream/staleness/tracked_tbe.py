@@ -47,7 +47,7 @@ class TrackedTbe:
         self.table_rate = torch.zeros(len(shards), dtype=torch.float64, device=device)
         self._table_seen = torch.zeros(len(shards), dtype=torch.int64, device=device)
         self._observed = 0  # the interval that was taken in last
-        self._offered_seen = 0
+        self._offered_seen = 0  # which only a signal asks for
         self.trial = Trial(update_filter)
         self.forgets = False
         update_filter.followers.append(self._follow_lowering)
@@ -75,14 +75,14 @@ class TrackedTbe:
         pool.rate = rate.index_copy_(0, fresh, pool.rate[fresh])
         pool.seen = touches
         self.pool = pool
-        offered = int(self.filter.offered.sum())
         if self.signal is not None:
+            offered = int(self.filter.offered.sum())
             # In the steps that left nothing out, as a trial's every other one, all rows were live.
             active = min(1.0, (offered - self._offered_seen) / max(1.0, float(new.sum()) * passed))
             new_updates = new_touches * (1.0 - active * (1.0 - pool.duty))
             pool.updates = (pool.updates + new_updates).index_copy_(0, fresh, pool.updates[fresh])
+            self._offered_seen = offered
             self._score(self.signal, new_updates)
-        self._offered_seen = offered
 
     def _pool_rows(self) -> Tensor:
         """Ascending rows with enough touches, the most-touched ones where memory does not hold all."""
@@ -264,7 +264,7 @@ class TrackedTbe:
             if rows.numel() and (int(rows[0]) < 0 or int(rows[-1]) >= shard.rows or not bool((rows.diff() > 0).all())):
                 raise StateError(f"shard {shard.key}: the saved rows are not ascending rows of {shard.rows}")
 
-    def load(self, shards: dict[str, dict[str, Tensor]], rank: int) -> None:
+    def load(self, shards: dict[str, dict[str, Tensor]]) -> None:
         one = self.filter
         parts = [shards[shard.key] for shard in one.shards]
         pool = RowPool.empty(one.device, [], self.snapshot_dtype)
@@ -287,7 +287,7 @@ class TrackedTbe:
         pool.snapshots = [part["pool.snapshots"].to(one.device) for part in parts]
         self.pool = pool
         self._observed, self._offered_seen = parts[0]["observed"].tolist()
-        self.trial.load(parts[0]["trial"], rank)
+        self.trial.load(parts[0]["trial"])
         one.counts.loaded()
         one.magnitudes = [parts[0]["magnitudes"].to(one.device)] if parts[0]["magnitudes"].numel() else []
         one.any_stale = bool((one.patterns != ALWAYS_LIVE).any())

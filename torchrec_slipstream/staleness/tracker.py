@@ -42,7 +42,6 @@ class StalenessTracker:
         total: sums a float64 tensor over the ranks in place and returns it; the identity on one rank.
         device: where ``total`` wants its tensors on a rank without tables; default: the CPU.
         scale: look-ups that a touch stands for (``AccessConfig.scale``).
-        rank: of this process, for what it reports.
 
     Raises:
         AttachError: the configured signal needs optimizer state that a table's optimizer does not keep.
@@ -56,7 +55,6 @@ class StalenessTracker:
         device: torch.device | None = None,
         *,
         scale: int = 1,
-        rank: int = 0,
     ) -> None:
         self.config = config
         self.filters = list(filters)
@@ -67,9 +65,7 @@ class StalenessTracker:
         self.decisions: list[Decision] = []
         self._intervals = 0
         self._skipping_intervals = 0  # since the decision that first found stale rows, that one included
-        self._decision_seconds = 0.0  # of the last one, but the first, which pays for what is made once
-        self._waited = 0.0  # of it, for other ranks
-        self._rank = rank
+        self._waited = 0.0  # for other ranks, in the present decision
         self._tbes = [TrackedTbe(one, config, scale) for one in self.filters]
         self._trials = Trials([tbe.trial for tbe in self._tbes], config)
         rows = sum(one.patterns.numel() for one in self.filters)
@@ -123,9 +119,11 @@ class StalenessTracker:
         """Let the TBEs that gained nothing alone."""
         rows = sum(tbe.pool.rows.numel() for tbe in self._tbes)
         steps = self.config.interval * choosing.gap(self.config, self._skipping_intervals)
+        # Not the first decision, which pays for what is made once.
+        seconds = self.decisions[-1].seconds if len(self.decisions) > 1 else 0.0
         for tbe in self._tbes:
             share = tbe.pool.rows.numel() / max(1, rows)
-            tbe.trial.end(self.steps, self._rank, share * self._decision_seconds / steps)
+            tbe.trial.end(self.steps, share * seconds / steps)
             if not tbe.trial.pays:
                 tbe.leave_alone()
 
@@ -177,8 +175,6 @@ class StalenessTracker:
             self._skipping_intervals = 1
             if self._trials.are_due(1):
                 self._trials.begin()
-        seconds = time.perf_counter() - began - self._waited
-        self._decision_seconds = seconds if self.decisions else 0.0
         self.decisions.append(
             Decision(
                 step=self.steps,
@@ -188,7 +184,7 @@ class StalenessTracker:
                 refrozen_rows=int(refrozen),
                 measured_share=all_skipped / max(all_offered, 1),
                 expected_share=left_out / max(table_rate, 1.0),
-                seconds=seconds,
+                seconds=time.perf_counter() - began - self._waited,
             )
         )
         thin(self.decisions, Decision.join)
@@ -263,10 +259,9 @@ class StalenessTracker:
         self.check(state)
         numbers, sampling, self.decisions = _progress(state)
         self.steps, self._intervals, self._skipping_intervals, self._trials.left = numbers
-        self._decision_seconds = self.decisions[-1].seconds if len(self.decisions) > 1 else 0.0
         self.seconds = 0.0  # a report is of the time since
         for tbe in self._tbes:
-            tbe.load(state["shards"], self._rank)
+            tbe.load(state["shards"])
             tbe.filter.sampling = sampling
         self._prepare_step()
 

@@ -74,12 +74,11 @@ class Trial:
         self._watches[skips].append(watch)
         self.filter.stopwatch = watch
 
-    def end(self, step: int, rank: int, decision_seconds: float) -> None:
+    def end(self, step: int, decision_seconds: float) -> None:
         """Decide whether it pays. Too few times, as right after resuming, change nothing.
 
         Args:
             step: of the session.
-            rank: of this process.
             decision_seconds: what decisions cost this TBE a step.
         """
         self.filter.stopwatch = None
@@ -93,7 +92,7 @@ class Trial:
         stock_ms, skipping_ms = (1e3 * float(np.quantile(found, 0.25)) for found in (stock, skipping))
         skipping_ms += 1e3 * decision_seconds
         self.pays = skipping_ms <= (1.0 - _WORTH) * stock_ms
-        self.last = Payoff(self._tables(), rank, step, stock_ms, skipping_ms, self.pays)
+        self.last = Payoff(self._tables(), step, stock_ms, skipping_ms, self.pays)
 
     def _tables(self) -> list[str]:
         return sorted({shard.fqn for shard in self.filter.shards})
@@ -110,13 +109,13 @@ class Trial:
         pays, *found = state.tolist()
         return pays in (0.0, 1.0) and (all(map(math.isnan, found)) or all(map(math.isfinite, found)))
 
-    def load(self, state: Tensor, rank: int) -> None:
+    def load(self, state: Tensor) -> None:
         """Restore what :meth:`state` gave."""
         pays, step, stock_ms, skipping_ms = state.tolist()
         self.begin()
         self.pays, self.last = bool(pays), None
         if not math.isnan(step):
-            self.last = Payoff(self._tables(), rank, int(step), stock_ms, skipping_ms, self.pays)
+            self.last = Payoff(self._tables(), int(step), stock_ms, skipping_ms, self.pays)
 
 
 class Trials:
